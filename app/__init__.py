@@ -1,0 +1,1 @@
+"""fedgrad's application layer: configuration, data, processes and files."""

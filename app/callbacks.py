@@ -1,0 +1,62 @@
+"""Callbacks after each round: they see the round's record and return (stop, metrics).
+
+A callback is any function of the record. Those here keep no state that the records do not give,
+so a resumed run shows them its past records and they stand where they stood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Record = Mapping[str, Any]
+Callback = Callable[[Record], tuple[bool, dict[str, float]]]
+
+
+class Target:
+    """Stop when the reported accuracy reaches a value.
+
+    Parameters
+    ----------
+    accuracy : float
+        The value, in (0, 1].
+    """
+
+    reason = "target"
+
+    def __init__(self, accuracy: float) -> None:
+        self.accuracy = accuracy
+
+    def __call__(self, record: Record) -> tuple[bool, dict[str, float]]:
+        """Look at one round."""
+        return record.get("accuracy", 0.0) >= self.accuracy, {}
+
+
+class Patience:
+    """Stop when the accuracy (of a regression: the loss) has not improved for a while.
+
+    Parameters
+    ----------
+    evaluations : int
+        So many evaluations in a row without improvement end the run.
+    least : float
+        The smallest change that is an improvement.
+    """
+
+    reason = "patience"
+
+    def __init__(self, evaluations: int, least: float = 0.0) -> None:
+        self.evaluations = evaluations
+        self.least = least
+        self.best = float("-inf")
+        self.waited = 0
+
+    def __call__(self, record: Record) -> tuple[bool, dict[str, float]]:
+        """Look at one round; rounds without an evaluation do not count."""
+        value = record.get("accuracy", -record["loss"] if "loss" in record else None)
+        if value is None:
+            return False, {}
+        self.waited += 1
+        if value > self.best + self.least:
+            self.best, self.waited = value, 0
+        return self.waited >= self.evaluations, {"evaluations_without_gain": self.waited}

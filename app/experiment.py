@@ -1,0 +1,167 @@
+"""`python -m app.experiment`: one run, or a sweep with `-m`, from Hydra's command line.
+
+    python -m app.experiment strategy=feddyn data=mnist data.root=DIR runtime=local nodes=2
+    python -m app.experiment -m strategy=fedavg,feddyn seed=0,1,2
+
+It returns the objective (the reported accuracy, of a regression minus the loss; the larger the
+better), so that Hydra's optimizers work.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from app.callbacks import Callback, Record
+from app.config import CONF, Config, load, to_run_config
+from app.errors import UserError
+from app.host import setting
+from app.local_grid import LocalGrid
+from app.run import Run, Say
+
+
+def run_local(
+    overrides: Sequence[str], callbacks: Sequence[Callback] = (), say: Say = print
+) -> dict[str, Any]:
+    """Run settings on the local runtime and return the summary.
+
+    Parameters
+    ----------
+    overrides : sequence of str
+        The settings, as Hydra overrides.
+    callbacks : sequence of Callback
+        Called after each round.
+    say : callable
+        Where the lines for a person go.
+    """
+    config = load(overrides)
+    run = Run(overrides, callbacks, say)
+    grid = LocalGrid(to_run_config(overrides), config.nodes, processes(config))
+    return run(grid)
+
+
+def processes(config: Config) -> int:
+    """Return the worker processes: as asked, or one for each node up to the cores."""
+    if config.processes is not None:
+        return config.processes
+    # A GPU is shared best by one process; a single node needs no second one.
+    if config.nodes == 1 or config.torch_device.type == "cuda":
+        return 0
+    return min(config.nodes, os.cpu_count() or 1)
+
+
+def run_flower(overrides: Sequence[str], say: Say = print) -> None:
+    """Check settings, then hand them to `flwr run` and stream its log.
+
+    Raises
+    ------
+    UserError
+        If the settings are wrong (before Flower starts), or the run failed.
+    """
+    config = load(overrides)
+    setting(tuple(overrides))  # missing data and impossible partitions show here
+    place = f"output_dir={shlex.quote(str(Path(config.output_dir).resolve()))}"
+    text = to_run_config([*overrides, place])["overrides"]
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    flwr = Path(sys.executable).with_name("flwr")
+    command = [str(flwr), "run", str(CONF.parent), "--stream"]
+    command += ["--run-config", f'overrides="{quoted}"']
+    gpus = 1.0 / config.nodes if config.torch_device.type == "cuda" else 0.0
+    federation = f"num-supernodes={config.nodes} client-resources-num-cpus=1"
+    command += ["--federation-config", f"{federation} client-resources-num-gpus={gpus}"]
+    environment = {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        # The app runs in this environment, which has what it needs already.
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_DEDUP_LOGS": "0",
+        **os.environ,
+        "PATH": f"{flwr.parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+    failed = False
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            failed = failed or line.startswith("error: ") or "finished:failed" in line
+            say(line.rstrip())
+    if process.returncode or failed:
+        raise UserError("flwr run failed; its log is above")
+
+
+def main_once(overrides: Sequence[str]) -> dict[str, Any] | None:
+    """Run once with a progress bar where there is a terminal."""
+    config = load(overrides)
+    if config.runtime == "flower":
+        run_flower(overrides)
+        return None
+    console = Console()
+    if not console.is_terminal:
+        return run_local(overrides)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("rounds", total=config.rounds)
+
+        def advance(record: Record) -> tuple[bool, dict[str, float]]:
+            bar.update(task, completed=record["round"])
+            return False, {}
+
+        def say(text: str) -> None:
+            bar.console.print(text, highlight=False, markup=False)
+
+        return run_local(overrides, [advance], say)
+
+
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+def experiment(_: DictConfig) -> float | None:
+    """Run one job of Hydra's and return its objective."""
+    overrides = list(HydraConfig.get().overrides.task)
+    if HydraConfig.get().mode.name == "MULTIRUN":
+        # The runs of a sweep lie together, so that they can be compared.
+        overrides.append(f"output_dir={shlex.quote(HydraConfig.get().sweep.dir)}")
+    summary = main_once(overrides)
+    return None if summary is None else objective_of(summary)
+
+
+def objective_of(summary: dict[str, Any]) -> float:
+    """Return what a search should maximize."""
+    if summary["accuracy"] is not None:
+        return float(summary["accuracy"])
+    return -float(summary["loss"])
+
+
+def main() -> None:
+    """Check the command line, then let Hydra run it."""
+    try:
+        if not {"-m", "--multirun", "--help", "-h", "--cfg", "-c"} & set(sys.argv[1:]):
+            load([a for a in sys.argv[1:] if not a.startswith("-")])
+        experiment()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What a node holds: the data and the model of the clients that it hosts.
+
+Data are loaded once for each process and kept as tensors on the device; a client is a set of
+indices into them. A node of a deployment can point at data of its own instead, by its node config.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.config import Config, bind, load
+from app.data import Dataset, Split, npz
+from app.errors import UserError
+from app.images import imagefolder
+from app.layers import noise_shapes
+from app.models import make_model
+from strategies.local import Trainer
+from strategies.objective import Objective
+from strategies.randomness import generator
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One client's samples.
+
+    Attributes
+    ----------
+    train, test : Split
+        Its training samples, and those kept for its own evaluation (possibly none).
+    """
+
+    train: Split
+    test: Split
+
+    def judged(self) -> tuple[str, Split]:
+        """Return the samples that the client evaluates on, and their name."""
+        return ("test", self.test) if len(self.test.y) else ("train", self.train)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run's data and partition, the same in every process that composes the same config.
+
+    Attributes
+    ----------
+    config : Config
+        The settings.
+    dataset : Dataset
+        Training and test samples, on the device, in the run's dtype.
+    parts : list of ndarray
+        Indices into the training samples of each client, held-out clients last.
+    """
+
+    config: Config
+    dataset: Dataset
+    parts: list[np.ndarray]
+    _cut: dict[int, Samples] = field(default_factory=dict)
+
+    def samples(self, k: int) -> Samples:
+        """Return client k's samples, gathered the first time."""
+        if k not in self._cut:
+            self._cut[k] = split(self.dataset.train, self.parts[k], self.config, k)
+        return self._cut[k]
+
+
+def place(part: Split, config: Config) -> Split:
+    """Move samples to the run's device, floats in its dtype."""
+    dtype, device = config.torch_dtype, config.torch_device
+
+    def moved(t: Tensor) -> Tensor:
+        return t.to(device, dtype) if t.is_floating_point() else t.to(device)
+
+    return Split(moved(part.x), moved(part.y))
+
+
+def split(samples: Split, indices: np.ndarray, config: Config, k: int) -> Samples:
+    """Cut client k's samples into training and test, at a seeded place of their order."""
+    index = torch.from_numpy(indices)
+    kept = int(round(len(index) * config.client_test))
+    if config.client_test and kept in (0, len(index)):
+        raise UserError(
+            f"client_test={config.client_test}: client {k} has {len(index)} samples, "
+            "too few to keep some for training and some for testing"
+        )
+    order = torch.randperm(len(index), generator=generator(config.seed, "split", 0, k))
+    train, test = index[order[kept:]].sort().values, index[order[:kept]].sort().values
+    return Samples(
+        Split(samples.x[train], samples.y[train]), Split(samples.x[test], samples.y[test])
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def setting(overrides: tuple[str, ...]) -> Setting:
+    """Load the data of a configuration and partition them, once for each process.
+
+    Raises
+    ------
+    UserError
+        If the data are missing or cannot be partitioned as asked.
+    """
+    config = load(overrides)
+    dataset: Dataset = bind("data", config.data)()
+    train, test = place(dataset.train, config), place(dataset.test, config)
+    partition = bind(
+        "partition", config.partition, ("labels", "natural", "clients", "seed")
+    )
+    parts = partition(
+        labels=dataset.train.y.numpy(),
+        natural=dataset.natural,
+        clients=config.clients + config.holdout_clients,
+        seed=config.seed,
+    )
+    known = {**vars(dataset), "train": train, "test": test}
+    return Setting(config, Dataset(**known), parts)
+
+
+def objective(config: Config, dataset: Dataset) -> Objective:
+    """Build the model of a run, weights drawn from its seed, on its device."""
+    build = bind("model", config.model, ("input_shape", "outputs", "vocabulary"))
+    module = make_model(build, dataset, config.seed)
+    shapes = noise_shapes(module)
+    module = module.to(config.torch_device, config.torch_dtype)
+    return Objective(module, dataset.loss, shapes)
+
+
+def trainer(config: Config, goal: Objective) -> Trainer:
+    """Put together what local training needs."""
+    return Trainer(
+        algorithm=bind("strategy", config.strategy)(),
+        optimizer=bind("optimizer", config.optimizer)(),
+        local=config.local,
+        objective=goal,
+        seed=config.seed,
+    )
+
+
+def hosted(node: Mapping[str, Any], total: int) -> list[int]:
+    """Return the clients that a node hosts, by its node config.
+
+    ``clients="0,3,8-11"`` names them; otherwise partition ``partition-id`` of ``num-partitions``
+    hosts every client whose id leaves that remainder.
+
+    Raises
+    ------
+    UserError
+        If the node config says neither, or names no client of the federation.
+    """
+    if "clients" in node:
+        found = []
+        for part in str(node["clients"]).split(","):
+            first, _, last = part.strip().partition("-")
+            if not first.isdigit() or not (last or "0").isdigit():
+                raise UserError(f"node config clients={node['clients']}: write 0,3,8-11")
+            found.extend(range(int(first), int(last or first) + 1))
+        wrong = [k for k in found if k >= total]
+        if wrong:
+            raise UserError(f"node config clients: {wrong[0]} is not below {total}")
+        return sorted(set(found))
+    if "partition-id" not in node or "num-partitions" not in node:
+        raise UserError("node config: needs clients, or partition-id and num-partitions")
+    return list(range(int(node["partition-id"]), total, int(node["num-partitions"])))
+
+
+@functools.lru_cache(maxsize=4)
+def local_samples(path: str, label: str, overrides: tuple[str, ...]) -> Samples:
+    """Load the data that a node's config points at: an .npz file or an image folder.
+
+    Raises
+    ------
+    UserError
+        If nothing usable is there.
+    """
+    config = load(overrides)
+    file = Path(path).expanduser()
+    if file.suffix == ".npz":
+        dataset = npz(path=str(file), label=label)
+    else:
+        dataset = imagefolder(root=str(file))
+    return Samples(place(dataset.train, config), place(dataset.test, config))
+
+
+def samples(
+    node: Mapping[str, Any], mine: list[int], overrides: tuple[str, ...], k: int
+) -> Samples:
+    """Return the samples of client k, one of those (``mine``) that a node hosts."""
+    if "data-path" not in node:
+        return setting(overrides).samples(k)
+    if len(mine) != 1:
+        raise UserError("node config: data-path holds one client's data; name one client")
+    return local_samples(str(node["data-path"]), str(node.get("label", "y")), overrides)

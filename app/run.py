@@ -1,0 +1,405 @@
+"""One run, from its settings to its directory: the same code over every Grid."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from logging import WARNING
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from app import checkpoint
+from app.callbacks import Callback, Patience, Target
+from app.config import PLACE, Config, bind, load
+from app.errors import UserError
+from app.host import Setting, objective, setting
+from app.partition import label_counts
+from app.rundir import RunDir, read_rounds, read_summary
+from strategies.federation import Federation
+from strategies.objective import Objective
+from strategies.wire import pack
+
+Say = Callable[[str], None]
+
+
+class Run:
+    """A run under way.
+
+    Parameters
+    ----------
+    overrides : sequence of str
+        Its settings, as Hydra overrides.
+    callbacks : sequence of Callback
+        Called after each round with its record, besides those of ``stop``.
+    say : callable
+        Where the lines for a person go.
+
+    Attributes
+    ----------
+    federation : Federation
+        The strategy; its vectors are the run's state.
+    directory : RunDir
+        Where everything is written.
+
+    Raises
+    ------
+    UserError
+        If the settings, the data or the directory to resume do not do.
+    """
+
+    def __init__(
+        self, overrides: Sequence[str], callbacks: Sequence[Callback] = (), say: Say = print
+    ) -> None:
+        self.overrides = tuple(overrides)
+        self.config = load(self.overrides)
+        self.say = say
+        torch.set_num_threads(self.config.threads)
+        self.setting: Setting = setting(self.overrides)
+        self.objective: Objective = objective(self.config, self.setting.dataset)
+        theta, buffers = self.objective.initial()
+        self.federation = Federation(
+            bind("strategy", self.config.strategy)(),
+            theta.cpu(),
+            buffers.cpu(),
+            clients=self.config.clients,
+            per_round=self.config.clients_per_round,
+            holdout=self.config.holdout_clients,
+            seed=self.config.seed,
+            evaluate_every=self.config.evaluate_every,
+            evaluate_clients=self.config.evaluate_clients,
+        )
+        self.callbacks = [*self._stops(), *callbacks]
+        self.records: list[dict[str, Any]] = []
+        self.first = 1
+        self.directory = self._resume() if self.config.resume else self._create()
+        if self._keeps_files():
+            self.federation.state_dir = str(self.directory.path / "clients")
+
+    def _stops(self) -> list[Callback]:
+        stop = self.config.stop
+        found: list[Callback] = []
+        if stop.accuracy is not None:
+            found.append(Target(stop.accuracy))
+        if stop.patience is not None:
+            found.append(Patience(stop.patience, stop.least))
+        return found
+
+    def _keeps_files(self) -> bool:
+        """Whether clients' memories go to files: a checkpoint without them is worth nothing."""
+        kind = self.config.client_memory
+        return kind == "directory" or (kind == "auto" and self.config.checkpoint_every > 0)
+
+    # Where it is written.
+
+    def _create(self) -> RunDir:
+        config = self.config
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        title = f"{stamp}-{config.strategy.name}-{config.data.name}-seed{config.seed}"
+        base = Path(config.output_dir).expanduser().resolve()
+        try:
+            directory = RunDir.create(base, config.name or title, describe(config))
+        except OSError as error:
+            raise UserError(f"output_dir={config.output_dir}: {error.strerror}") from error
+        dataset = self.setting.dataset
+        if dataset.classes:
+            labels = dataset.train.y.cpu().numpy()
+            counts = label_counts(labels, self.setting.parts, dataset.classes)
+            directory.labels(counts, dataset.labels)
+        return directory
+
+    def _resume(self) -> RunDir:
+        path = find_unfinished(self.config)
+        found = checkpoint.newest(path / "checkpoints")
+        if found is None:
+            raise UserError(
+                f"resume={path}: no checkpoint there; run with checkpoint_every=N first"
+            )
+        round_, vectors, rest = found
+        empty = torch.zeros(0, dtype=self.config.torch_dtype)
+        self.federation.restore({"buffers": empty, **vectors}, rest)
+        self.federation.keep = round_
+        self.first = round_ + 1
+        directory = RunDir.reopen(path, round_)
+        self.records = read_rounds(path)
+        for record in self.records:
+            for callback in self.callbacks:
+                callback(record)
+        return directory
+
+    # The rounds.
+
+    def __call__(self, grid: Grid) -> dict[str, Any]:
+        """Run all rounds over a grid.
+
+        Returns
+        -------
+        dict
+            The summary that is also in the directory.
+
+        Raises
+        ------
+        UserError
+            If the clients do not join in time.
+        """
+        config, began = self.config, time.perf_counter()
+        self.say(f"run directory: {self.directory.path}")
+        self._wait(grid)
+        stopped = ""
+        if self.first == 1:
+            self._write({"round": 0, **self._evaluate()})
+        for round_ in range(self.first, config.rounds + 1):
+            record, rows = self._round(grid, round_)
+            stopped = self._ask_callbacks(record)
+            self._write(record)
+            self.directory.clients(rows)
+            self._checkpoint(round_)
+            self.say(self._line(record, time.perf_counter() - began))
+            if stopped:
+                break
+        self._evaluate_clients(grid)
+        summary = self._summary(stopped or "finished", time.perf_counter() - began)
+        self.say(self.directory.finish(summary, self._tensors()))
+        self.say(f"run directory: {self.directory.path}")
+        return summary
+
+    def _wait(self, grid: Grid) -> None:
+        """Wait until enough clients are there."""
+        config, roster = self.config, self.federation.roster
+        wanted = config.min_clients or config.clients + config.holdout_clients
+        began, told = time.monotonic(), -1
+        while True:
+            roster.call(grid)
+            here = len(roster.hosts)
+            if here >= wanted and roster.trainable():
+                break
+            if roster.faults:
+                raise UserError(next(iter(roster.faults.values())))
+            if time.monotonic() - began > config.join_timeout:
+                raise UserError(
+                    f"{here} of {wanted} clients joined within {config.join_timeout:g} s; "
+                    "start more nodes, or lower min_clients"
+                )
+            if here != told:
+                self.say(f"waiting for clients: {here} of {wanted}")
+                told = here
+            time.sleep(0.1)
+        if not roster.mean_samples:
+            roster.fix_mean()
+
+    def _round(self, grid: Grid, round_: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Take one round and return its record and its clients' rows."""
+        began = time.perf_counter()
+        federation = self.federation
+        arrays = pack({"theta": federation.server["theta"]})
+        messages = list(federation.configure_train(round_, arrays, ConfigRecord(), grid))
+        sent = time.perf_counter()
+        replies = list(grid.send_and_receive(messages, timeout=self.config.deadline))
+        received = time.perf_counter()
+        federation.aggregate_train(round_, replies)
+        told = federation.round
+        record: dict[str, Any] = {"round": round_}
+        every = self.config.evaluate_every
+        if (every and round_ % every == 0) or round_ == self.config.rounds:
+            record |= self._evaluate()
+        record["clients"] = clients_block(told.rows) | {
+            "cohort": told.accepted,
+            "failed": {str(k): why for k, why in told.failed.items()},
+        }
+        record["bytes"] = {"down": told.down, "up": told.up}
+        wire = received - sent
+        total = time.perf_counter() - began
+        busy = min(told.busy, wire)
+        record["seconds"] = {
+            "round": total,
+            "client": busy,
+            "wire": wire - busy,
+            "server": total - wire,
+        }
+        record["gradients"] = int(sum(row.get("gradients", 0) for row in told.rows))
+        record["strategy"] = federation.norms()
+        record["checks"] = {} if told.gap is None else {"memory_gap": told.gap}
+        if told.gap is not None and told.gap > 1e-2:
+            log(WARNING, "round %s: server and clients' memories differ (%.1e)", round_, told.gap)
+        return record, told.rows
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Evaluate every model worth a name on the test set; the first is reported."""
+        test = self.setting.dataset.test
+        if not len(test.y):
+            return {}
+        models = {}
+        for name, theta in self.federation.algorithm.models(self.federation.server).items():
+            place = theta.to(test.x.device), self.federation.buffers.to(test.x.device)
+            models[name] = self.objective.evaluate(*place, test.x, test.y)
+        reported = next(iter(models))
+        return {**models[reported], "reported_model": reported, "models": models}
+
+    def _evaluate_clients(self, grid: Grid) -> None:
+        """Let the clients evaluate the final model; the rows carry the round after the last."""
+        if self.config.evaluate_clients == "none" or not self.config.evaluate_every:
+            return
+        federation = self.federation
+        last = self.records[-1]["round"] + 1
+        arrays = pack({"theta": federation.server["theta"]})
+        messages = federation.configure_evaluate(last, arrays, ConfigRecord(), grid)
+        replies = grid.send_and_receive(messages, timeout=self.config.deadline)
+        federation.aggregate_evaluate(last, replies)
+        self.directory.clients(federation.round.rows)
+
+    def _ask_callbacks(self, record: dict[str, Any]) -> str:
+        """Show the record to the callbacks, add their metrics, and return why to stop."""
+        why = ""
+        for callback in self.callbacks:
+            stop, metrics = callback(record)
+            record.setdefault("callbacks", {}).update(metrics)
+            if stop:
+                why = why or getattr(callback, "reason", "stopped")
+        return why
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        self.directory.round(record)
+
+    def _checkpoint(self, round_: int) -> None:
+        every = self.config.checkpoint_every
+        if every and round_ % every == 0:
+            vectors, rest = self.federation.state()
+            checkpoint.save(self.directory.path / "checkpoints", round_, vectors, rest)
+            self.federation.keep = round_
+        elif not every:
+            self.federation.keep = round_
+
+    # What is told.
+
+    def _line(self, record: dict[str, Any], elapsed: float) -> str:
+        """Return one line about a round, with the time left."""
+        round_, rounds = record["round"], self.config.rounds
+        parts = [f"round {round_}/{rounds}"]
+        if "accuracy" in record:
+            parts.append(f"accuracy {record['accuracy']:.4f} ({record['reported_model']})")
+        if "loss" in record:
+            parts.append(f"loss {record['loss']:.4g}")
+        if record["clients"]["failed"]:
+            parts.append(f"failed clients {', '.join(record['clients']['failed'])}")
+        pace = elapsed / (round_ - self.first + 1)
+        left = math.ceil(pace * (rounds - round_))
+        parts.append(f"{record['seconds']['round']:.2f} s, {left // 60}:{left % 60:02d} left")
+        return "  ".join(parts)
+
+    def _summary(self, status: str, seconds: float) -> dict[str, Any]:
+        """Return what the run came to."""
+        config, records = self.config, self.records
+        judged = [r for r in records if r.get("accuracy") is not None]
+        best = max(judged, key=lambda r: r["accuracy"], default={})
+        last = next((r for r in reversed(records) if "loss" in r), {})
+        rounds_to = {
+            f"{t:g}": next((r["round"] for r in judged if r["accuracy"] >= t), None)
+            for t in config.targets
+        }
+        sides = {
+            side: sum(sum(r["bytes"][side].values()) for r in records if "bytes" in r)
+            for side in ("down", "up")
+        }
+        final = clients_block(self.federation.round.rows)
+        return {
+            "status": status,
+            "name": self.directory.path.name,
+            "strategy": config.strategy.name,
+            "data": config.data.name,
+            "seed": config.seed,
+            "rounds": records[-1]["round"],
+            "reported_model": last.get("reported_model"),
+            "accuracy": last.get("accuracy"),
+            "loss": last.get("loss"),
+            "best_accuracy": best.get("accuracy"),
+            "best_round": best.get("round"),
+            "rounds_to": rounds_to if judged else {},
+            "clients": final,
+            "bytes_down": sides["down"],
+            "bytes_up": sides["up"],
+            "gradients": sum(r.get("gradients", 0) for r in records),
+            "seconds": seconds,
+            "failures": sum(len(r["clients"]["failed"]) for r in records if "clients" in r),
+        }
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Return the server's model by the module's names."""
+        theta, buffers = self.federation.server["theta"], self.federation.buffers
+        named = self.objective.layout.unflatten(theta)
+        named |= self.objective.buffer_layout.unflatten(buffers)
+        return {n: t.clone() for n, t in named.items()}
+
+
+def clients_block(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return mean and bottom decile over clients of what they measured on the received model."""
+    block: dict[str, Any] = {}
+    trained = [r for r in rows if "train_loss" in r]
+    if trained:
+        weight = sum(r["samples"] for r in trained)
+        block["train_loss"] = sum(r["train_loss"] * r["samples"] for r in trained) / weight
+    for role, prefix in (("train", ""), ("holdout", "holdout_")):
+        for metric in ("loss", "accuracy"):
+            values = torch.tensor(
+                [r[metric] for r in rows if r["role"] == role and metric in r],
+                dtype=torch.float64,
+            )
+            if len(values):
+                block[f"{prefix}{metric}_mean"] = float(values.mean())
+            if len(values) and metric == "accuracy":
+                block[f"{prefix}{metric}_decile"] = float(values.quantile(0.1))
+    return block
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain data, each group as its name and settings."""
+    plain = config.model_dump()
+    for kind in ("strategy", "data", "partition", "model", "optimizer"):
+        group = plain[kind]
+        plain[kind] = {"name": group["name"], **group["options"]}
+    return plain
+
+
+def find_unfinished(config: Config) -> Path:
+    """Return the run directory that ``resume`` names.
+
+    Raises
+    ------
+    UserError
+        If there is none, or it has other settings.
+    """
+    import yaml
+
+    def same(path: Path) -> bool:
+        try:
+            there = yaml.safe_load((path / "config.yaml").read_text())
+        except (OSError, yaml.YAMLError):
+            return False
+        free = (*PLACE, "rounds", "checkpoint_every")
+        here = describe(config)
+        return isinstance(there, dict) and all(
+            there.get(k) == v for k, v in here.items() if k not in free
+        )
+
+    if config.resume != "auto":
+        path = Path(config.resume).expanduser().resolve()
+        if not (path / "config.yaml").exists():
+            raise UserError(f"resume={config.resume}: no run directory (no config.yaml there)")
+        if not same(path):
+            raise UserError(
+                f"resume={config.resume}: that run has other settings; give the same ones "
+                "(only rounds and where it runs may change)"
+            )
+        return path
+    base = Path(config.output_dir).expanduser().resolve()
+    paths = [p.parent for p in base.glob("*/config.yaml")]
+    open_ = [p for p in paths if read_summary(p) is None and same(p)]
+    if not open_:
+        raise UserError(f"resume=auto: no unfinished run of these settings in {base}")
+    return max(open_, key=lambda p: p.stat().st_mtime)

@@ -1,0 +1,334 @@
+"""One run's directory: what is written while a run goes on, and when it ends.
+
+Whole files are replaced atomically. The two logs, ``metrics.jsonl`` and
+``clients.csv``, are appended to line by line, so that a run that dies loses at most the
+line it was writing. ``summary.json`` comes last: a run that has it has finished.
+"""
+
+import csv
+import datetime
+import importlib.metadata
+import io
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from app import plots
+from app.errors import UserError
+from app.records import (
+    ROUNDS,
+    SUMMARY,
+    plain,
+    read_rounds,
+    read_summary,
+    scalars,
+    write_atomic,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["RunDir", "read_rounds", "read_summary"]
+
+CONFIG = "config.yaml"
+CLIENTS = "clients.csv"
+COLUMNS = (
+    "round",
+    "client",
+    "node",
+    "role",
+    "split",
+    "samples",
+    "loss",
+    "accuracy",
+    "train_loss",
+    "steps",
+    "gradients",
+    "seconds",
+    "error",
+)
+PACKAGES = ("torch", "flwr", "numpy", "fedgrad")
+
+
+class RunDir:
+    """The directory of one run, open for writing.
+
+    Made by `create` or `reopen`, and closed by `finish`, or by `close` if the run ends
+    otherwise.
+
+    Attributes
+    ----------
+    path : Path
+        The directory.
+    """
+
+    def __init__(self, path: Path, writer: "SummaryWriter") -> None:
+        self.path = path
+        self._writer = writer
+
+    @classmethod
+    def create(cls, base: Path, name: str, config: dict[str, Any]) -> "RunDir":
+        """Make a new directory for a run.
+
+        Parameters
+        ----------
+        base : Path
+            Where runs are kept; made if missing.
+        name : str
+            The directory's name; ``NAME-2``, ``NAME-3``, ... where it is taken.
+        config : dict
+            The composed configuration, kept as ``config.yaml``.
+
+        Raises
+        ------
+        UserError
+            If the name is no plain file name, or nothing can be written there.
+        """
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise UserError(f"name={name!r}: a run's name is a plain folder name.")
+        try:
+            path = _claim(Path(base), name)
+        except OSError as error:
+            raise UserError(
+                f"{base}: cannot keep runs here ({error.strerror})."
+            ) from error
+        text = yaml.safe_dump(plain(config, finite=False), sort_keys=False)
+        write_atomic(path / CONFIG, text)
+        write_atomic(path / "environment.json", _json(_environment()))
+        write_atomic(path / ROUNDS, b"")
+        write_atomic(path / CLIENTS, ",".join(COLUMNS) + "\n")
+        return cls(path, _tensorboard(path))
+
+    @classmethod
+    def reopen(cls, path: Path, last_round: int) -> "RunDir":
+        """Open the directory of a run that goes on after a round.
+
+        What the logs hold of later rounds is cut off, since those rounds are run again,
+        and so is a summary, since the run is not finished any more.
+
+        Parameters
+        ----------
+        path : Path
+            The run directory.
+        last_round : int
+            The last round to keep, usually that of the checkpoint.
+
+        Raises
+        ------
+        UserError
+            If this is no run directory.
+        """
+        path = Path(path)
+        kept = [r for r in read_rounds(path) if r["round"] <= last_round]
+        (path / SUMMARY).unlink(missing_ok=True)
+        write_atomic(path / ROUNDS, "".join(_line(record) for record in kept))
+        rows = [",".join(COLUMNS), *_client_rows(path / CLIENTS, last_round)]
+        write_atomic(path / CLIENTS, "\n".join(rows) + "\n")
+        return cls(path, _tensorboard(path, purge_step=last_round + 1))
+
+    def labels(self, counts: NDArray[Any], names: Sequence[str]) -> None:
+        """Write how the labels are spread: ``labels.csv`` and ``labels.png``.
+
+        Parameters
+        ----------
+        counts : ndarray of shape (clients, classes)
+            Samples of each class at each client.
+        names : sequence of str
+            The classes.
+        """
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["client", *names])
+        for client, row in enumerate(np.asarray(counts).astype(int).tolist()):
+            table.writerow([client, *row])
+        write_atomic(self.path / "labels.csv", text.getvalue())
+        plots.label_map(counts, names, self.path / "labels.png")
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """Append one round's record to ``metrics.jsonl`` and to TensorBoard.
+
+        NaN and infinities become null, and are left out of TensorBoard.
+
+        Parameters
+        ----------
+        record : dict
+            Nested numbers, strings and lists; ``round`` is the step.
+        """
+        clean = plain(record, finite=True)
+        with open(self.path / ROUNDS, "a", encoding="utf-8") as file:
+            file.write(_line(clean))
+        for tag, value in scalars(clean):
+            if tag != "round":
+                self._writer.add_scalar(tag, value, clean["round"])
+
+    def clients(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append one line for each row to ``clients.csv``; missing values stay empty.
+
+        Raises
+        ------
+        ValueError
+            If a row has a column that the file has not.
+        """
+        text = io.StringIO()
+        table = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        for row in rows:
+            # A line is a row, always: a torn one is then told by its missing line end.
+            table.writerow(
+                {
+                    key: " ".join(v.split()) if isinstance(v, str) else v
+                    for key, v in plain(row, finite=False).items()
+                }
+            )
+        with open(self.path / CLIENTS, "a", encoding="utf-8") as file:
+            file.write(text.getvalue())
+
+    def finish(
+        self, summary: Mapping[str, Any], tensors: Mapping[str, "torch.Tensor"]
+    ) -> str:
+        """Write the model, the curves and the summary, and close the directory.
+
+        Parameters
+        ----------
+        summary : dict
+            The run in a few numbers (see docs/runs.md).
+        tensors : dict
+            The reported model, for ``model.safetensors``.
+
+        Returns
+        -------
+        str
+            The summary as text of at most a screen.
+        """
+        from safetensors.torch import save
+
+        # Copies, since safetensors refuses tensors that share memory (tied weights).
+        weights = {
+            name: tensor.detach().cpu().clone().contiguous()
+            for name, tensor in tensors.items()
+        }
+        write_atomic(self.path / "model.safetensors", save(weights))
+        plots.overview(read_rounds(self.path), self.path / "curves.png", self.path.name)
+        clean = plain(summary, finite=True)
+        write_atomic(self.path / SUMMARY, _json(clean))
+        self.close()
+        return _screen(clean, self.path)
+
+    def close(self) -> None:
+        """Write out what TensorBoard still holds back; may be called twice."""
+        self._writer.close()
+
+
+def _claim(base: Path, name: str) -> Path:
+    """Make the first free one of NAME, NAME-2, ...; each process gets its own."""
+    base.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = base / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def _tensorboard(path: Path, purge_step: int | None = None) -> "SummaryWriter":
+    """Open TensorBoard's log; imported here, as reading runs must not load torch."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(path / "tensorboard", purge_step=purge_step, flush_secs=10)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """Return a record as one line."""
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _json(value: Any) -> str:
+    """Return a value as the text of a JSON file."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def _client_rows(file: Path, last_round: int) -> list[str]:
+    """Return the whole lines of ``clients.csv`` up to a round, without the header."""
+    if not file.exists():
+        return []
+    whole = file.read_text(encoding="utf-8", errors="replace").split("\n")[1:-1]
+    rounds = [(line, line.split(",", 1)[0]) for line in whole]
+    return [line for line, r in rounds if r.isdecimal() and int(r) <= last_round]
+
+
+def _environment() -> dict[str, Any]:
+    """Return what the run is made with and where."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None  # run from a checkout or a bundle, not installed
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": versions,
+        "machine": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "platform": platform.platform(),
+        },
+    }
+
+
+def _cpu() -> str:
+    """Return the model of the CPU, as far as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _screen(summary: Mapping[str, Any], path: Path) -> str:
+    """Return the summary as aligned lines; what was not measured has no line."""
+
+    def number(key: str, form: str = ".4g") -> str:
+        value = summary.get(key)
+        return "not finite" if value is None else format(value, form)
+
+    lines = [("run", str(path))]
+    what = [str(summary[k]) for k in ("strategy", "data") if summary.get(k) is not None]
+    if what:
+        lines.append(("what", f"{' on '.join(what)}, seed {summary.get('seed')}"))
+    lines.append(("status", f"{summary.get('status')} after {number('rounds')} rounds"))
+    model = summary.get("reported_model")
+    of = f" of the {model} model" if model else ""
+    scored = summary.get("accuracy") is not None  # a regression has none
+    if scored:
+        text = number("accuracy", ".4f") + of
+        if summary.get("best_accuracy") is not None:
+            best, at = number("best_accuracy", ".4f"), summary.get("best_round")
+            text += f"; best {best} in round {at}"
+        lines.append(("accuracy", text))
+    if "loss" in summary:
+        lines.append(("loss", number("loss") + ("" if scored else of)))
+    for target, at in (summary.get("rounds_to") or {}).items():
+        reached = "not reached" if at is None else f"round {at}"
+        lines.append((f"accuracy {target}", reached))
+    if "bytes_down" in summary and "bytes_up" in summary:
+        down, up = ((summary[k] or 0) / 1e6 for k in ("bytes_down", "bytes_up"))
+        lines.append(("traffic", f"{down:,.2f} MB down, {up:,.2f} MB up"))
+    if summary.get("gradients") is not None:
+        lines.append(("gradients", number("gradients", ",")))
+    if "seconds" in summary:
+        lines.append(("time", f"{number('seconds', '.1f')} s"))
+    if summary.get("failures"):
+        lines.append(("failures", f"{summary['failures']} client rounds (clients.csv)"))
+    width = max(len(key) for key, _ in lines)
+    return "\n".join(f"{key:<{width}}  {text}" for key, text in lines)

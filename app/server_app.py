@@ -1,0 +1,24 @@
+"""The Flower ServerApp: one run over the Grid that Flower gives."""
+
+from __future__ import annotations
+
+import sys
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from app.config import from_run_config
+from app.errors import UserError
+from app.run import Run
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the settings that the run config holds."""
+    try:
+        Run(from_run_config(context.run_config))(grid)
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(2)

@@ -1,0 +1,153 @@
+"""What a client remembers, versioned by the round that produced it.
+
+A version is written under its round; the server's ledger names the version to load. So a lost,
+late or refused reply, a restarted node and a resumed server are the same case: load the version
+named and drop the others.
+
+`ContextStore` keeps versions in Flower's `Context.state`, which lives as long as the node.
+`DirectoryStore` keeps them as files, which survive a restart.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+from flwr.app import ArrayRecord, RecordDict
+from safetensors.torch import load_file, save_file
+
+from strategies.algorithm import Vectors
+from strategies.wire import pack, unpack
+
+
+class Store(Protocol):
+    """Versions of the memories of the clients that a node hosts."""
+
+    def versions(self, client: int) -> list[int]:
+        """Return the rounds of which a version is here, ascending."""
+
+    def load(self, client: int, version: int, like: Vectors) -> Vectors:
+        """Return a version with the names, lengths and dtype of ``like``; KeyError if missing."""
+
+    def save(self, client: int, version: int, memory: Vectors) -> None:
+        """Write a version."""
+
+    def drop(self, client: int, version: int) -> None:
+        """Remove a version."""
+
+
+class ContextStore:
+    """Versions in the state of a Flower context."""
+
+    def __init__(self, state: RecordDict) -> None:
+        self.state = state
+
+    def versions(self, client: int) -> list[int]:
+        """Return the rounds of which a version is here, ascending."""
+        prefix = f"memory.{client}."
+        found = [key.removeprefix(prefix) for key in self.state if key.startswith(prefix)]
+        return sorted(int(v) for v in found)
+
+    def load(self, client: int, version: int, like: Vectors) -> Vectors:
+        """Return a version; KeyError if it is not here."""
+        record = self.state[f"memory.{client}.{version}"]
+        if not isinstance(record, ArrayRecord):
+            raise KeyError(f"memory.{client}.{version} is no array record")
+        dtype = next(iter(like.values())).dtype
+        return unpack(record, {n: len(v) for n, v in like.items()}, dtype)
+
+    def save(self, client: int, version: int, memory: Vectors) -> None:
+        """Write a version."""
+        self.state[f"memory.{client}.{version}"] = pack(memory)
+
+    def drop(self, client: int, version: int) -> None:
+        """Remove a version."""
+        del self.state[f"memory.{client}.{version}"]
+
+
+class DirectoryStore:
+    """Versions as files ``CLIENT/ROUND.safetensors`` below a directory, replaced atomically."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def _file(self, client: int, version: int) -> Path:
+        return self.path / str(client) / f"{version:08d}.safetensors"
+
+    def versions(self, client: int) -> list[int]:
+        """Return the rounds of which a version is here, ascending."""
+        folder = self.path / str(client)
+        return sorted(int(p.stem) for p in folder.glob("*.safetensors") if p.stem.isdigit())
+
+    def load(self, client: int, version: int, like: Vectors) -> Vectors:
+        """Return a version; KeyError if it is not here."""
+        file = self._file(client, version)
+        if not file.exists():
+            raise KeyError(f"{file} is missing")
+        vectors: Vectors = load_file(file)
+        for name, vector in like.items():
+            if name not in vectors or vectors[name].shape != vector.shape:
+                raise KeyError(f"{file} holds another model's memory")
+        return {n: vectors[n].to(v.dtype) for n, v in like.items()}
+
+    def save(self, client: int, version: int, memory: Vectors) -> None:
+        """Write a version: a reader sees all of it or nothing."""
+        file = self._file(client, version)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        save_file({n: v.detach().cpu().contiguous() for n, v in memory.items()}, part)
+        os.replace(part, file)
+
+    def drop(self, client: int, version: int) -> None:
+        """Remove a version."""
+        self._file(client, version).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove everything: a new run must not find another's memories."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def recall(store: Store, client: int, version: int, fresh: Vectors) -> Vectors:
+    """Return the version that the server names; version 0 is a client that never took part.
+
+    Raises
+    ------
+    KeyError
+        If the version is not here.
+    """
+    if not fresh or version == 0:
+        return fresh
+    memory = store.load(client, version, fresh)
+    return {n: v.to(fresh[n].device) for n, v in memory.items()}
+
+
+def remember(
+    store: Store, client: int, version: int, named: int, keep: int, memory: Vectors
+) -> None:
+    """Write a new version and drop those that nobody can name any more.
+
+    Parameters
+    ----------
+    store : Store
+        Where versions are kept.
+    client, version : int
+        Whose memory it is, and the round that produced it.
+    named : int
+        The version that the server named in this round. Later ones belong to replies that were
+        never accepted.
+    keep : int
+        The round of the last server checkpoint: a server resumed from it names the newest version
+        that is not later, so older ones may go.
+    memory : Vectors
+        The new version; empty for an algorithm without memory.
+    """
+    if not memory:
+        return
+    store.save(client, version, memory)
+    here = [v for v in store.versions(client) if v != version]
+    oldest = max((v for v in here if v <= keep), default=0)
+    for other in here:
+        if other > named or other < oldest:
+            store.drop(client, other)

@@ -1,0 +1,119 @@
+"""What every algorithm is made of: a server half and a client half on flat vectors.
+
+The runtime, the engines and the Flower strategy know algorithms only through this protocol.
+Every method is a pure function of its arguments. The client half consists of tensor operations
+alone, so that an engine may loop over clients or vectorize over them.
+
+The words: ``theta`` is a model in R^d, ``anchor`` the server's model that a client received,
+``down`` what the server sends, ``up`` what a client returns, ``memory`` what a client keeps from
+one participation to the next, ``state`` what it holds during one local training, and the cohort
+is the clients whose replies were accepted in a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+Vectors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Client:
+    """The facts about one client that an algorithm may use.
+
+    Attributes
+    ----------
+    id : int
+        Its number, from 0.
+    samples : int
+        n_k, its training samples.
+    share : float
+        w_k = n_k / mean of n over all clients, so that the mean of w is 1.
+    """
+
+    id: int
+    samples: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The clients whose replies the server accepted in a round.
+
+    Attributes
+    ----------
+    size : int
+        How many they are, |P_t|.
+    total : int
+        m, all clients of the federation, in the cohort or not.
+    newcomers : int
+        How many of the cohort are accepted for the first time in this run.
+    """
+
+    size: int
+    total: int
+    newcomers: int
+
+
+class Algorithm(Protocol):
+    """One federated algorithm (see the module docstring for the words).
+
+    Attributes
+    ----------
+    mirror : tuple of str or None
+        ``(memory, server)``: the names of a client memory vector and of the server vector that
+        equals its mean over all clients after every round. The strategy audits it.
+    up : tuple of str
+        The names of the vectors that ``finish`` returns for the server.
+    """
+
+    @property
+    def mirror(self) -> tuple[str, str] | None:
+        """The audited pair ``(memory vector, server vector)``, or None."""
+
+    @property
+    def up(self) -> tuple[str, ...]:
+        """The names of the vectors that a client returns, each of shape (d,)."""
+
+    # Client half.
+
+    def fresh(self, theta: Tensor) -> Vectors:
+        """Return the memory of a client that has not taken part yet."""
+
+    def begin(self, down: Mapping[str, Tensor], memory: Vectors, client: Client) -> Vectors:
+        """Return the state that stays constant during one local training."""
+
+    def direction(
+        self, gradient: Tensor, theta: Tensor, anchor: Tensor, state: Vectors
+    ) -> Tensor:
+        """Turn the data's gradient at theta into the gradient that is stepped along."""
+
+    def finish(
+        self, theta: Tensor, anchor: Tensor, state: Vectors, effort: Tensor
+    ) -> tuple[Vectors, Vectors]:
+        """Return ``(up, memory)`` after local training.
+
+        ``effort`` is the total weight with which directions entered ``theta``, a 0-dim tensor:
+        learning rate times steps for plain SGD.
+        """
+
+    # Server half.
+
+    def weight(self, client: Client) -> float:
+        """Return the client's weight in the means that the server receives."""
+
+    def start(self, theta: Tensor) -> Vectors:
+        """Return the server's vectors before the first round; ``theta`` is among them."""
+
+    def down(self, server: Vectors) -> Vectors:
+        """Return the vectors that the server sends to the cohort."""
+
+    def update(self, server: Vectors, mean: Vectors, cohort: Cohort) -> Vectors:
+        """Return the server's vectors after a round from the weighted means of ``up``."""
+
+    def models(self, server: Vectors) -> Vectors:
+        """Return the models worth evaluating by name; the first is the one reported."""

@@ -1,0 +1,154 @@
+"""What travels: vectors and reports as Flower records, checked on arrival, and their size.
+
+One message goes to each node in a round, whatever the number of clients that it hosts:
+
+    server -> node   down    theta, buffers, and what the algorithm adds (one array each)
+                     order   round, whom to train from which version of memory, whom to evaluate
+    node -> server   up      the weighted mean over the node's trained clients (one array each)
+                     report  its weight, and lists with one entry for each client
+                     faults  client id -> one line, for those left out
+
+Arrays are decoded without ``numpy.load``: a header that claims more than arrived allocates
+nothing, and objects are refused.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from strategies.algorithm import Vectors
+
+#: Names of the vectors that FedAvg would send too; the others are an algorithm's own state.
+MODEL = frozenset({"theta", "delta", "buffers"})
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class Refused(ValueError):
+    """A message that must not be used; the text says why."""
+
+
+def pack(vectors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return the vectors as a record, one array each; empty ones are left out."""
+    return ArrayRecord(
+        {
+            name: Array(np.ascontiguousarray(vector.detach().cpu().numpy()))
+            for name, vector in vectors.items()
+            if vector.numel()
+        }
+    )
+
+
+def decode(array: Array, size: int) -> np.ndarray:
+    """Return the array's numbers, shape (size,), without trusting anything about it.
+
+    Raises
+    ------
+    Refused
+        If it is not a vector of ``size`` float32 or float64 numbers.
+    """
+    if len(array.data) > 8 * size + 4096:
+        raise Refused(f"has {len(array.data)} bytes, too many for {size} numbers")
+    stream = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise Refused(f"is in format {version}, not (1, 0)")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused("is not a numpy array") from error
+    if shape != (size,):
+        raise Refused(f"has shape {tuple(shape)}, expected ({size},)")
+    if dtype not in (np.float32, np.float64):
+        raise Refused(f"has dtype {dtype}, expected float32 or float64")
+    if len(array.data) - stream.tell() != size * dtype.itemsize:
+        raise Refused(f"has {len(array.data)} bytes, not what its header says")
+    return np.frombuffer(array.data, dtype, size, stream.tell()).copy()
+
+
+def unpack(record: ArrayRecord, sizes: Mapping[str, int], dtype: torch.dtype) -> Vectors:
+    """Return exactly the expected vectors of a record.
+
+    Parameters
+    ----------
+    record : ArrayRecord
+        What arrived.
+    sizes : mapping of str to int
+        The names that must be there, and their lengths.
+    dtype : torch.dtype
+        The dtype to return.
+
+    Raises
+    ------
+    Refused
+        If a name is missing or not expected, or a vector has another length or dtype, or holds
+        NaN or infinity.
+    """
+    wanted = {name for name, size in sizes.items() if size}
+    if record.keys() != wanted:
+        missing = sorted(wanted - record.keys())
+        extra = sorted(record.keys() - wanted)
+        raise Refused(f"wrong keys: missing {missing}, not expected {extra}"[:300])
+    vectors = {name: torch.zeros(0, dtype=dtype) for name in sizes}
+    for name in wanted:
+        try:
+            numbers = decode(record[name], sizes[name])
+        except Refused as error:
+            raise Refused(f"{name} {error}") from None
+        if not np.isfinite(numbers).all():
+            raise Refused(f"{name} holds NaN or infinity")
+        vectors[name] = torch.from_numpy(numbers).to(dtype)
+    return vectors
+
+
+def weigh(content: RecordDict) -> dict[str, int]:
+    """Return the payload bytes of a message: of the model, of state, of metrics and orders.
+
+    The count is of the values and their names, not of the protocol around them, so it is the same
+    in every runtime.
+    """
+    size = {"model": 0, "state": 0, "metrics": 0}
+    for record in content.values():
+        for name, value in record.items():
+            if isinstance(value, Array):
+                kind = "model" if name in MODEL else "state"
+                size[kind] += len(value.data) + len(name)
+                continue
+            values = value if isinstance(value, list) else [value]
+            size["metrics"] += len(name) + sum(
+                len(v) if isinstance(v, str | bytes) else 8 for v in values
+            )
+    return size
+
+
+def numbers(record: MetricRecord, name: str, length: int) -> list[float]:
+    """Return a list of finite numbers of a report, one for each client.
+
+    Raises
+    ------
+    Refused
+        If it is missing, not a list of that length, or holds NaN or infinity.
+    """
+    values = record.get(name)
+    if not isinstance(values, list) or len(values) != length:
+        raise Refused(f"report: {name} must be a list of {length} numbers")
+    if not all(np.isfinite(values)):
+        raise Refused(f"report: {name} holds NaN or infinity")
+    return values
+
+
+def reasons(record: ConfigRecord) -> dict[int, str]:
+    """Return the faults that a node reports, by client, each one line of at most 300 letters."""
+    found = {}
+    for key, value in record.items():
+        if not key.isdigit() or not isinstance(value, str):
+            raise Refused("faults: not a mapping of client ids to text")
+        found[int(key)] = " ".join(value.split())[:300]
+    return found

@@ -1,0 +1,419 @@
+"""Data sets: shapes, published formulas, bringing one's own, and errors in one line."""
+
+import inspect
+import io
+import os
+import tarfile
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from app.data import Dataset, digits, hold_out, npz, split_mask
+from app.errors import UserError
+from app.images import imagefolder
+from app.synthetic import quadratics, synthetic_feddyn, synthetic_fedprox
+from app.text import plays, speeches
+from app.vision import cifar10, emnist, mnist
+
+CONF = Path(__file__).parents[1] / "conf"
+REAL = os.environ.get("FEDGRAD_DATA")
+needs_data = pytest.mark.skipif(
+    REAL is None, reason="set FEDGRAD_DATA to a folder with MNIST/, cifar10-jpeg.tar"
+)
+
+
+def one_line(caught: pytest.ExceptionInfo[UserError], *words: str) -> None:
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def same(a: Dataset, b: Dataset) -> bool:
+    return all(
+        torch.equal(getattr(getattr(a, part), name), getattr(getattr(b, part), name))
+        for part in ("train", "test")
+        for name in ("x", "y")
+    )
+
+
+@pytest.mark.parametrize("group", ["data", "partition", "model"])
+def test_every_file_in_conf_repeats_the_defaults_of_its_function(group):
+    files = sorted((CONF / group).glob("*.yaml"))
+    assert files
+    given = {"input_shape", "outputs", "vocabulary", "labels", "natural", "clients"}
+    if group == "partition":
+        given.add("seed")
+    for file in files:
+        knobs = yaml.safe_load(file.read_text())
+        module, _, name = knobs.pop("_target_").rpartition(".")
+        function = getattr(import_module(module), name)
+        parameters = dict(inspect.signature(function).parameters)
+        if group != "data":
+            parameters = {k: v for k, v in parameters.items() if k not in given}
+        assert set(knobs) == set(parameters), file
+        preset = file.stem != name and group == "model"
+        for knob, value in knobs.items():
+            default = parameters[knob].default
+            if isinstance(default, tuple):
+                default = list(default)
+            if default is not inspect.Parameter.empty and not preset:
+                assert value == default, (file, knob)
+
+
+def test_digits():
+    data = digits()
+    assert data.train.x.shape == (1437, 1, 8, 8)
+    assert data.train.x.dtype == torch.float32
+    assert data.test.y.shape == (360,)
+    assert data.test.y.dtype == torch.int64
+    assert float(data.train.x.min()) == 0 and float(data.train.x.max()) == 1
+    assert data.test.y.bincount().min() >= 34
+    assert same(data, digits(seed=7))
+
+
+def test_hold_out_replaces_the_test_split():
+    data = digits()
+    tuning = digits(validation=0.2, seed=1)
+    assert len(tuning.train) + len(tuning.test) == 1437
+    assert abs(len(tuning.test) - 287) < 10
+    rows = {row.numpy().tobytes() for row in data.test.x}
+    assert not rows & {row.numpy().tobytes() for row in tuning.test.x}
+    assert not same(tuning, digits(validation=0.2, seed=2))
+    assert same(tuning, digits(validation=0.2, seed=1))
+
+
+def test_hold_out_keeps_every_natural_client():
+    data = quadratics(validation=0.5)
+    assert data.natural is not None
+    assert data.natural.tolist() == [0, 1, 2, 3]
+    assert len(data.test) == 4
+
+
+@pytest.mark.parametrize("validation", [-0.1, 1.0, 1e-6])
+def test_hold_out_refuses_impossible_shares(validation):
+    with pytest.raises(UserError) as caught:
+        hold_out(digits(), validation, 0)
+    one_line(caught, "validation")
+
+
+def test_split_mask_never_empties_a_group():
+    groups = np.array([0, 1, 1, 2, 2, 2])
+    mask = split_mask(groups, 0.99, 0)
+    assert set(groups[~mask]) == {0, 1, 2}
+
+
+def test_quadratics_have_the_stated_gradients_and_minimiser():
+    from app.synthetic import QUADRATICS_A, QUADRATICS_B
+
+    data = quadratics(repeats=(1, 2, 3, 1))
+    assert data.train.x.dtype == torch.float64
+    x, y = data.train.x.numpy(), data.train.y.numpy()
+    total = np.zeros((2, 3))
+    for k in range(4):
+        mine = data.natural == k
+        rows, target = x[mine], y[mine]
+        for point in ([0.0, 0.0], [1.0, -2.0], [0.3, 7.0]):
+            theta = np.array(point)
+            slope = rows.T @ (rows @ theta - target) / len(rows)
+            stated = QUADRATICS_A[k] @ theta - QUADRATICS_B[k]
+            np.testing.assert_allclose(slope, stated, rtol=0, atol=1e-12)
+        total += np.c_[rows.T @ rows, rows.T @ target] / len(rows)
+    optimum = np.linalg.solve(total[:, :2], total[:, 2])
+    np.testing.assert_allclose(optimum, [-0.18006431, 0.34083601], atol=5e-9)
+
+
+def test_quadratics_weighted_by_rows():
+    data = quadratics(repeats=(10, 20, 30, 40))
+    x, y = data.train.x.numpy(), data.train.y.numpy()
+    optimum = np.linalg.solve(x.T @ x, x.T @ y)
+    np.testing.assert_allclose(optimum, [-0.18181818, 0.48387097], atol=5e-9)
+    with pytest.raises(UserError) as caught:
+        quadratics(repeats=(1, 2))
+    one_line(caught, "repeats", "four")
+
+
+def test_synthetic_feddyn_is_separable_by_its_shared_solution():
+    """Replays the stream by hand: sizes, means, shifts, two solutions, then samples."""
+    data = synthetic_feddyn(dimension=6, clients=3, classes=4, average_samples=20)
+    rng = np.random.RandomState(0)
+    for size in (3, 3, 3):
+        rng.normal(size=size)
+    rng.normal(size=(6, 4)), rng.normal(size=(1, 4))
+    weight, bias = rng.normal(size=(6, 4)), rng.normal(size=(1, 4))
+    covariance = np.diag([(j + 1) ** -1.2 for j in range(6)])
+    x = rng.multivariate_normal(np.zeros(6), covariance, 20)
+    np.testing.assert_allclose(data.train.x[:20].numpy(), x, rtol=1e-6)
+    assert (data.train.y[:20].numpy() == np.argmax(x @ weight + bias, 1)).all()
+    assert same(data, Dataset(data.train, data.train, 4, "", None, []))
+    assert data.natural is not None
+    assert np.bincount(data.natural).tolist() == [20, 20, 20]
+
+
+def test_synthetic_feddyn_heterogeneity():
+    spread = synthetic_feddyn(iid_data=False, iid_solution=False, theta=1.0)
+    counts = np.bincount(spread.natural)
+    assert counts.max() > 3 * counts.min()
+    centres = [spread.train.x[spread.natural == k].mean() for k in range(20)]
+    assert float(torch.stack(centres).std()) > 0.3
+    with pytest.raises(UserError) as caught:
+        synthetic_feddyn(average_samples=1, theta=3.0)
+    one_line(caught, "average_samples", "theta")
+
+
+def test_synthetic_fedprox():
+    data = synthetic_fedprox(users=5)
+    assert data.train.x.shape[1] == 60
+    counts = np.bincount(data.natural)
+    assert len(counts) == 5 and counts.min() >= 45
+    assert abs(len(data.test) / (len(data.test) + len(data.train)) - 0.1) < 0.01
+    assert same(data, synthetic_fedprox(users=5))
+    assert not same(data, synthetic_fedprox(users=5, seed=1))
+
+
+def test_npz_with_clients_and_its_own_split(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (40, 3), dtype=np.uint8)
+    who = np.array(["b", "a"] * 20)
+    file = tmp_path / "mine.npz"
+    np.savez(file, x=x, kind=np.arange(40) % 4, who=who)
+    data = npz(str(file), label="kind", client="who", scale=255, test=0.25)
+    assert data.classes == 4 and data.loss == "cross_entropy"
+    assert len(data.train) == 30 and len(data.test) == 10
+    assert float(data.train.x.max()) <= 1
+    assert np.bincount(data.natural).tolist() == [15, 15]
+    target = x[:, 0] / 2
+    np.savez(file, x=x, y=target, x_test=x[:5], y_test=target[:5])
+    data = npz(str(file))
+    assert (data.classes, data.loss) == (0, "squared")
+    assert len(data.train) == 40 and len(data.test) == 5
+    assert data.train.y.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arrays", "knobs", "word"),
+    [
+        (
+            {"x": np.ones((4, 2)), "labels": np.arange(4)},
+            {"label": "label"},
+            "'labels'",
+        ),
+        ({"x": np.ones((4, 2)), "y": np.arange(3)}, {}, "shape (3,)"),
+        ({"x": np.ones((4, 2)), "y": np.arange(4) - 1}, {}, "negative"),
+        ({"x": np.ones((4, 2)) * np.nan, "y": np.arange(4)}, {}, "NaN"),
+        ({"x": np.ones(4), "y": np.arange(4)}, {}, "shape (4,)"),
+        ({"x": np.ones((4, 2)), "y": np.array([{}] * 4)}, {}, "plain arrays"),
+        ({"x": np.ones((4, 2)), "y": np.arange(4)}, {"client": "who"}, "'who'"),
+        (
+            {"x": np.ones((4, 2)), "y": np.arange(4), "who": np.arange(2)},
+            {"client": "who"},
+            "one client",
+        ),
+        ({"x": np.ones((4, 2)), "y": np.arange(4), "x_test": np.ones(1)}, {}, "y_test"),
+    ],
+)
+def test_npz_mistakes_are_told_in_one_line(tmp_path, arrays, knobs, word):
+    file = tmp_path / "mine.npz"
+    np.savez(file, allow_pickle=True, **arrays)
+    with pytest.raises(UserError) as caught:
+        npz(str(file), **knobs)
+    one_line(caught, "mine.npz", word)
+
+
+def test_npz_missing_or_damaged(tmp_path):
+    file = tmp_path / "mine.npz"
+    with pytest.raises(UserError) as caught:
+        npz(str(file))
+    one_line(caught, "no such file")
+    np.savez(file, x=np.ones((4, 2)), y=np.arange(4))
+    for content in (b"", b"text", file.read_bytes()[:300]):
+        file.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            npz(str(file))
+        one_line(caught, "readable")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two classes of 6x5 pictures whose grey level is their number."""
+    root = tmp_path / "pictures"
+    for split, count in (("train", 3), ("test", 1)):
+        for label, base in (("cat", 0), ("ant", 100)):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                level = base + 10 * number
+                image = Image.new("RGB", (6, 5), (level, level, level))
+                image.save(folder / f"{number}.png")
+    return root
+
+
+def test_imagefolder_and_its_tar_agree(pictures, tmp_path):
+    data = imagefolder(str(pictures), mean=[0.0], std=[1.0])
+    assert data.labels == ["ant", "cat"]
+    assert data.train.x.shape == (6, 3, 5, 6)
+    levels = (data.train.x[:, 0, 0, 0] * 255).round().int().tolist()
+    assert levels == [100, 110, 120, 0, 10, 20]
+    assert data.train.y.tolist() == [0, 0, 0, 1, 1, 1]
+    for suffix, mode in ((".tar", "w"), (".tar.gz", "w:gz")):
+        file = tmp_path / f"packed{suffix}"
+        with tarfile.open(file, mode) as archive:
+            # Outer folder and reverse order: neither may matter.
+            for path in sorted(pictures.rglob("*.png"), reverse=True):
+                name = path.relative_to(pictures.parent)
+                archive.add(path, arcname=f"./{name}")
+        assert same(data, imagefolder(str(file), mean=[0.0], std=[1.0]))
+    small = imagefolder(str(pictures), size=4, grey=True)
+    assert small.train.x.shape == (6, 1, 4, 4)
+    assert float(small.train.x.min()) == -1
+
+
+def test_imagefolder_cache_follows_the_pictures(pictures, tmp_path):
+    cache = tmp_path / "new" / "cache.npz"
+    first = imagefolder(str(pictures), cache=str(cache))
+    written = cache.stat().st_mtime_ns
+    assert same(first, imagefolder(str(pictures), cache=str(cache)))
+    assert cache.stat().st_mtime_ns == written
+    (pictures / "train" / "ant" / "2.png").unlink()
+    assert len(imagefolder(str(pictures), cache=str(cache)).train) == 5
+    assert [path.name for path in cache.parent.iterdir()] == ["cache.npz"]
+    cache.write_bytes(b"nonsense")
+    with pytest.raises(UserError) as caught:
+        imagefolder(str(pictures), cache=str(cache))
+    one_line(caught, "cache", "delete")
+
+
+def test_imagefolder_mistakes(pictures, tmp_path):
+    def told(*words: str, root: Path = pictures, **knobs: object) -> None:
+        with pytest.raises(UserError) as caught:
+            imagefolder(str(root), **knobs)  # type: ignore[arg-type]
+        one_line(caught, *words)
+
+    told("does not exist", root=tmp_path / "nothing")
+    told("no picture in train", root=tmp_path)
+    told("mean", mean=[0.1, 0.2])
+    Image.new("RGB", (7, 5)).save(pictures / "train" / "ant" / "9.png")
+    told("7x5", "data.size")
+    (pictures / "train" / "ant" / "9.png").write_bytes(b"not a picture")
+    told("9.png", "JPEG")
+    (pictures / "train" / "ant" / "9.png").unlink()
+    (pictures / "test" / "cat").rename(pictures / "test" / "dog")
+    told("'dog'")
+    damaged = tmp_path / "damaged.tar"
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.add(pictures, arcname=".")
+    for content in (b"not a tar", buffer.getvalue()[:4000]):
+        damaged.write_bytes(content)
+        told("damaged.tar", root=damaged)
+
+
+PLAY = "".join(
+    f"{role}:\n{words * 30}\n\n"
+    for role, words in (("ROMEO", "but soft, "), ("All", "hey "), ("JULIET", "o me! "))
+)
+
+
+def test_plays(tmp_path):
+    file = tmp_path / "play.txt"
+    file.write_text(PLAY + "A paragraph without a role\nis left out.\n")
+    data = plays(str(file), minimum=150, length=8, stride=2)
+    assert data.vocabulary == data.classes == len(data.labels)
+    assert set(data.natural) == {0, 1}
+    first = "".join(data.labels[c] for c in data.train.x[0])
+    assert first == "o me! o "
+    assert data.labels[data.train.y[0]] == "m"
+    assert data.train.x.shape[1] == 8 and data.train.x.dtype == torch.int64
+    assert speeches(PLAY)["All"] == "hey " * 30 + "\n"
+    for knobs in ({"minimum": 9999}, {"minimum": 1, "length": 200}):
+        with pytest.raises(UserError) as caught:
+            plays(str(file), **knobs)
+        one_line(caught, "minimum")
+    with pytest.raises(UserError) as caught:
+        plays(str(tmp_path / "none.txt"))
+    one_line(caught, "no such file")
+
+
+@pytest.mark.parametrize("function", [mnist, emnist, cifar10])
+def test_missing_roots_are_told(tmp_path, function):
+    with pytest.raises(UserError) as caught:
+        function(str(tmp_path / "nowhere"))
+    one_line(caught, "nowhere", "data.download=true")
+
+
+def write_idx(file: Path, array: np.ndarray) -> None:
+    """Write the format of MNIST's files."""
+    head = bytes([0, 0, 8, array.ndim])
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    file.write_bytes(head + sizes + array.astype(np.uint8).tobytes())
+
+
+def test_emnist_letters_are_upright_limited_and_counted_from_zero(tmp_path):
+    raw = tmp_path / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = np.zeros((6, 28, 28))
+    images[:, 2, 5] = 255
+    for split in ("train", "test"):
+        write_idx(raw / f"emnist-letters-{split}-images-idx3-ubyte", images)
+        write_idx(
+            raw / f"emnist-letters-{split}-labels-idx1-ubyte",
+            np.array([1, 2, 3, 26, 1, 2]),
+        )
+    data = emnist(str(tmp_path), limit=2)
+    assert data.train.y.tolist() == [0, 1, 0, 1]
+    assert data.labels == ["a", "b"]
+    assert int(data.train.x[0, 0].argmax()) == 5 * 28 + 2
+    assert len(emnist(str(tmp_path)).train) == 6
+    with pytest.raises(UserError) as caught:
+        emnist(str(tmp_path), limit=27)
+    one_line(caught, "26")
+
+
+def test_damaged_mnist_is_told(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        write_idx(raw / f"{part}-images-idx3-ubyte", np.zeros((4, 28, 28)))
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(4))
+    assert mnist(str(tmp_path)).train.x.shape == (4, 1, 28, 28)
+    file = raw / "train-images-idx3-ubyte"
+    whole = file.read_bytes()
+    for content in (b"", whole[:10], whole[:1000], whole[: 16 + 2 * 784]):
+        file.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            mnist(str(tmp_path))
+        one_line(caught, "MNIST", "data.root")
+
+
+def test_cifar_that_is_not_the_published_one_is_never_opened(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in [f"data_batch_{k}" for k in range(1, 6)] + [
+        "test_batch",
+        "batches.meta",
+    ]:
+        (folder / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(UserError) as caught:
+        cifar10(str(tmp_path))
+    one_line(caught, "CIFAR10")
+
+
+@needs_data
+def test_real_mnist():
+    data = mnist(str(REAL))
+    assert data.train.x.shape == (60000, 1, 28, 28)
+    assert len(data.test) == 10000
+    assert abs(float(data.train.x.mean())) < 1e-3
+    assert abs(float(data.train.x.std()) - 1) < 1e-3
+
+
+@needs_data
+def test_real_plays():
+    data = plays(f"{REAL}/shakespeare/tinyshakespeare.txt")
+    assert data.vocabulary == 65
+    assert len(set(data.natural)) == 99
