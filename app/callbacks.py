@@ -59,4 +59,6 @@ class Patience:
         self.waited += 1
         if value > self.best + self.least:
             self.best, self.waited = value, 0
-        return self.waited >= self.evaluations, {"evaluations_without_gain": self.waited}
+        return self.waited >= self.evaluations, {
+            "evaluations_without_gain": self.waited
+        }

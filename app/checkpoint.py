@@ -21,9 +21,7 @@ FORMAT = 1
 KEEP = 2
 
 
-def save(
-    folder: Path, round_: int, vectors: Vectors, rest: dict[str, Any]
-) -> None:
+def save(folder: Path, round_: int, vectors: Vectors, rest: dict[str, Any]) -> None:
     """Write the checkpoint of a round and drop all but the last two.
 
     Parameters
@@ -63,7 +61,7 @@ def newest(folder: Path) -> tuple[int, Vectors, dict[str, Any]] | None:
         try:
             with safe_open(file, "pt") as opened:
                 header = json.loads(opened.metadata()["fedgrad"])
-                vectors = {name: opened.get_tensor(name) for name in opened.keys()}
+                vectors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             continue  # torn or foreign: the one before it serves
         if header.pop("format") != FORMAT:

@@ -117,7 +117,7 @@ def evaluate(
 
 def train_all(
     node: Node, run: Trainer, down: Vectors, order: ConfigRecord, context: Context
-) -> tuple[Mean, dict[str, Any], dict[str, str]]:
+) -> tuple[Mean, dict[str, Any], dict[str, Any]]:
     """Train the named clients in turn.
 
     Returns
@@ -134,11 +134,14 @@ def train_all(
     store = node.store(context, str(order.get("state_dir", "")))
     mirror = run.algorithm.mirror
     probe = _probe(run.seed, len(down["theta"])) if mirror else None
-    mean, faults = Mean(), {}
+    mean = Mean()
+    faults: dict[str, Any] = {}
     report: dict[str, list[Any]] = {
         n: [] for n in ("trained", "samples", "train_loss", "steps", "seconds", "probe")
     }
-    pairs = zip(cast(list[int], order["train"]), cast(list[int], order["versions"]), strict=True)
+    pairs = zip(
+        cast(list[int], order["train"]), cast(list[int], order["versions"]), strict=True
+    )
     for k, version in pairs:
         began = time.perf_counter()
         try:

@@ -46,7 +46,15 @@ FIRST_CLASS = (
     "resume",
 )
 #: Settings that say where a run happens, not what it computes.
-PLACE = ("output_dir", "resume", "name", "runtime", "nodes", "processes", "join_timeout")
+PLACE = (
+    "output_dir",
+    "resume",
+    "name",
+    "runtime",
+    "nodes",
+    "processes",
+    "join_timeout",
+)
 
 
 class Model(BaseModel):
@@ -235,7 +243,9 @@ def _load(overrides: tuple[str, ...]) -> Config:
     with open_dict(composed):
         del composed["hydra"]
     try:
-        plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        plain: Any = OmegaConf.to_container(
+            composed, resolve=True, throw_on_missing=True
+        )
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {_first_line(error)}") from None
     for kind in GROUPS[:-1]:
@@ -247,6 +257,7 @@ def _load(overrides: tuple[str, ...]) -> Config:
         hint = nearest(key, (f.name for f in dataclasses.fields(Local)))
         raise UserError(f"no setting is called 'local.{key}'; {hint}")
     plain.pop("experiment", None)
+    plain.pop("study", None)  # what a preset says of its study is none of a run's
     try:
         config = Config(**plain)
     except ValidationError as error:
@@ -262,12 +273,18 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
         try:
             parsed.append(OverridesParser.create().parse_override(text))
         except HydraException as error:
-            raise UserError(f"'{text}' is not key=value: {_first_line(error)}") from None
+            raise UserError(
+                f"'{text}' is not key=value: {_first_line(error)}"
+            ) from None
     for override in parsed:
         key, value = override.key_or_group, override.value()
         if key in GROUPS and isinstance(value, str) and value not in names(key):
-            raise UserError(f"no {key} is called '{value}'; {nearest(value, names(key))}")
-    groups = tuple(o for o, p in zip(overrides, parsed, strict=True) if p.key_or_group in GROUPS)
+            raise UserError(
+                f"no {key} is called '{value}'; {nearest(value, names(key))}"
+            )
+    groups = tuple(
+        o for o, p in zip(overrides, parsed, strict=True) if p.key_or_group in GROUPS
+    )
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             return compose("config", list(overrides), return_hydra_config=True)
@@ -278,7 +295,9 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
             for override in parsed:
                 key = override.key_or_group
                 if known and key not in known and key not in GROUPS:
-                    raise UserError(f"no setting is called '{key}'; {_near(key, known)}") from None
+                    raise UserError(
+                        f"no setting is called '{key}'; {_near(key, known)}"
+                    ) from None
             raise UserError(f"configuration: {_first_line(error)}") from None
 
 
@@ -301,7 +320,11 @@ def _near(key: str, known: set[str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        str(error).strip().splitlines()[0]
+        if str(error).strip()
+        else type(error).__name__
+    )
 
 
 def _check(config: Config) -> None:
@@ -312,7 +335,9 @@ def _check(config: Config) -> None:
             f"clients={config.clients}; draw at most all of them"
         )
     if config.min_clients > config.clients + config.holdout_clients:
-        raise UserError(f"min_clients={config.min_clients} is more than there are clients")
+        raise UserError(
+            f"min_clients={config.min_clients} is more than there are clients"
+        )
     bind("strategy", config.strategy)
     bind("optimizer", config.optimizer)
     bind("data", config.data)

@@ -19,6 +19,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import (
@@ -96,7 +97,11 @@ def run_flower(overrides: Sequence[str], say: Say = print) -> None:
     }
     failed = False
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -138,7 +143,7 @@ def main_once(overrides: Sequence[str]) -> dict[str, Any] | None:
 def experiment(_: DictConfig) -> float | None:
     """Run one job of Hydra's and return its objective."""
     overrides = list(HydraConfig.get().overrides.task)
-    if HydraConfig.get().mode.name == "MULTIRUN":
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
         # The runs of a sweep lie together, so that they can be compared.
         overrides.append(f"output_dir={shlex.quote(HydraConfig.get().sweep.dir)}")
     summary = main_once(overrides)

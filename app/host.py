@@ -84,7 +84,7 @@ def place(part: Split, config: Config) -> Split:
 def split(samples: Split, indices: np.ndarray, config: Config, k: int) -> Samples:
     """Cut client k's samples into training and test, at a seeded place of their order."""
     index = torch.from_numpy(indices)
-    kept = int(round(len(index) * config.client_test))
+    kept = round(len(index) * config.client_test)
     if config.client_test and kept in (0, len(index)):
         raise UserError(
             f"client_test={config.client_test}: client {k} has {len(index)} samples, "
@@ -93,7 +93,8 @@ def split(samples: Split, indices: np.ndarray, config: Config, k: int) -> Sample
     order = torch.randperm(len(index), generator=generator(config.seed, "split", 0, k))
     train, test = index[order[kept:]].sort().values, index[order[:kept]].sort().values
     return Samples(
-        Split(samples.x[train], samples.y[train]), Split(samples.x[test], samples.y[test])
+        Split(samples.x[train], samples.y[train]),
+        Split(samples.x[test], samples.y[test]),
     )
 
 
@@ -154,18 +155,22 @@ def hosted(node: Mapping[str, Any], total: int) -> list[int]:
         If the node config says neither, or names no client of the federation.
     """
     if "clients" in node:
-        found = []
+        found: list[int] = []
         for part in str(node["clients"]).split(","):
             first, _, last = part.strip().partition("-")
             if not first.isdigit() or not (last or "0").isdigit():
-                raise UserError(f"node config clients={node['clients']}: write 0,3,8-11")
+                raise UserError(
+                    f"node config clients={node['clients']}: write 0,3,8-11"
+                )
             found.extend(range(int(first), int(last or first) + 1))
         wrong = [k for k in found if k >= total]
         if wrong:
             raise UserError(f"node config clients: {wrong[0]} is not below {total}")
         return sorted(set(found))
     if "partition-id" not in node or "num-partitions" not in node:
-        raise UserError("node config: needs clients, or partition-id and num-partitions")
+        raise UserError(
+            "node config: needs clients, or partition-id and num-partitions"
+        )
     return list(range(int(node["partition-id"]), total, int(node["num-partitions"])))
 
 
@@ -194,5 +199,7 @@ def samples(
     if "data-path" not in node:
         return setting(overrides).samples(k)
     if len(mine) != 1:
-        raise UserError("node config: data-path holds one client's data; name one client")
+        raise UserError(
+            "node config: data-path holds one client's data; name one client"
+        )
     return local_samples(str(node["data-path"]), str(node.get("label", "y")), overrides)

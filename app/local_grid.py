@@ -34,7 +34,9 @@ class Nodes:
 
     def answer(self, message: Message) -> Message:
         """Return the ClientApp's reply; an exception becomes an error reply, as in Flower."""
-        from app.client_app import app  # here: a worker imports torch, its parent need not
+        from app.client_app import (
+            app,
+        )  # here: a worker imports torch, its parent need not
 
         context = self.contexts[message.metadata.dst_node_id]
         try:
@@ -165,7 +167,9 @@ class LocalGrid(Grid):
             worker.assign(dict(mine))
 
     def _context(self, node_config: Mapping[str, Any]) -> Context:
-        node = 1000 + len(self._contexts)  # ids carry no meaning: nobody may rely on them
+        node = 1000 + len(
+            self._contexts
+        )  # ids carry no meaning: nobody may rely on them
         context = Context(
             run_id=RUN_ID,
             node_id=node,

@@ -45,6 +45,8 @@ COLORS = (
     "#000000",
     "#F0E442",
 )
+# Yellow fills an area well; as a line on white it is lost, so grey takes its place.
+INKS = (*COLORS[:-1], "#808080")
 LINES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*"
 
@@ -313,9 +315,9 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _style(index: int) -> dict[str, Any]:
     """Return a color, line style and marker that no other of 32 indices has."""
-    turn = index // len(COLORS)
+    turn = index // len(INKS)
     return {
-        "color": COLORS[index % len(COLORS)],
+        "color": INKS[index % len(INKS)],
         "ls": LINES[(index + turn) % len(LINES)],
         "marker": MARKERS[index % len(MARKERS)],
     }

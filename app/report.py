@@ -124,7 +124,8 @@ def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
         )
     members = list(together.values())
     firsts = [settings[id(group[0])] for group in members]
-    shown = differing(firsts)
+    # The choices first: strategy=feddyn says more than epochs=5.
+    shown = sorted(differing(firsts), key=lambda key: not key.endswith(".name"))
     labeled: dict[str, list[Run]] = {}
     for config, group_runs in zip(firsts, members, strict=True):
         label = _label(config, firsts, shown) or _plain_name(group_runs[0])
@@ -230,23 +231,23 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def show(lines: Sequence[Sequence[str]], console: Console | None = None) -> None:
-    """Print a table of text, its header first, in two halves if it is too wide."""
+    """Print a table of text, its header first, in parts where it is too wide."""
     console = console or Console(markup=False, highlight=False)
-    columns = list(zip(*lines, strict=True))
-    needed = sum(max(map(len, column)) + 2 for column in columns)
-    half = 1 + len(columns) // 2
-    halves = [columns]
-    if needed > console.width:
-        halves = [columns[:half], [columns[0], *columns[half:]]]
-    for place, part in enumerate(halves):
+    label, *columns = zip(*lines, strict=True)
+    parts = [[label]]
+    for column in columns:
+        width = sum(max(map(len, c)) + 2 for c in [*parts[-1], column]) - 2
+        if width > console.width and len(parts[-1]) > 1:
+            parts.append([label])
+        parts[-1].append(column)
+    for place, part in enumerate(parts):
         view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for number, (name, *_) in enumerate(part):
-            # Of a table that is still too wide, only the labels are broken.
             view.add_column(
                 name,
                 justify="right" if number else "left",
-                overflow="fold",
                 no_wrap=number > 0,
+                overflow="fold",
             )
         for row in list(zip(*part, strict=True))[1:]:
             view.add_row(*row)

@@ -55,7 +55,10 @@ class Run:
     """
 
     def __init__(
-        self, overrides: Sequence[str], callbacks: Sequence[Callback] = (), say: Say = print
+        self,
+        overrides: Sequence[str],
+        callbacks: Sequence[Callback] = (),
+        say: Say = print,
     ) -> None:
         self.overrides = tuple(overrides)
         self.config = load(self.overrides)
@@ -94,7 +97,9 @@ class Run:
     def _keeps_files(self) -> bool:
         """Whether clients' memories go to files: a checkpoint without them is worth nothing."""
         kind = self.config.client_memory
-        return kind == "directory" or (kind == "auto" and self.config.checkpoint_every > 0)
+        return kind == "directory" or (
+            kind == "auto" and self.config.checkpoint_every > 0
+        )
 
     # Where it is written.
 
@@ -106,7 +111,9 @@ class Run:
         try:
             directory = RunDir.create(base, config.name or title, describe(config))
         except OSError as error:
-            raise UserError(f"output_dir={config.output_dir}: {error.strerror}") from error
+            raise UserError(
+                f"output_dir={config.output_dir}: {error.strerror}"
+            ) from error
         dataset = self.setting.dataset
         if dataset.classes:
             labels = dataset.train.y.cpu().numpy()
@@ -193,12 +200,16 @@ class Run:
         if not roster.mean_samples:
             roster.fix_mean()
 
-    def _round(self, grid: Grid, round_: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _round(
+        self, grid: Grid, round_: int
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Take one round and return its record and its clients' rows."""
         began = time.perf_counter()
         federation = self.federation
         arrays = pack({"theta": federation.server["theta"]})
-        messages = list(federation.configure_train(round_, arrays, ConfigRecord(), grid))
+        messages = list(
+            federation.configure_train(round_, arrays, ConfigRecord(), grid)
+        )
         sent = time.perf_counter()
         replies = list(grid.send_and_receive(messages, timeout=self.config.deadline))
         received = time.perf_counter()
@@ -226,7 +237,12 @@ class Run:
         record["strategy"] = federation.norms()
         record["checks"] = {} if told.gap is None else {"memory_gap": told.gap}
         if told.gap is not None and told.gap > 1e-2:
-            log(WARNING, "round %s: server and clients' memories differ (%.1e)", round_, told.gap)
+            log(
+                WARNING,
+                "round %s: server and clients' memories differ (%.1e)",
+                round_,
+                told.gap,
+            )
         return record, told.rows
 
     def _evaluate(self) -> dict[str, Any]:
@@ -235,7 +251,9 @@ class Run:
         if not len(test.y):
             return {}
         models = {}
-        for name, theta in self.federation.algorithm.models(self.federation.server).items():
+        for name, theta in self.federation.algorithm.models(
+            self.federation.server
+        ).items():
             place = theta.to(test.x.device), self.federation.buffers.to(test.x.device)
             models[name] = self.objective.evaluate(*place, test.x, test.y)
         reported = next(iter(models))
@@ -283,14 +301,18 @@ class Run:
         round_, rounds = record["round"], self.config.rounds
         parts = [f"round {round_}/{rounds}"]
         if "accuracy" in record:
-            parts.append(f"accuracy {record['accuracy']:.4f} ({record['reported_model']})")
+            parts.append(
+                f"accuracy {record['accuracy']:.4f} ({record['reported_model']})"
+            )
         if "loss" in record:
             parts.append(f"loss {record['loss']:.4g}")
         if record["clients"]["failed"]:
             parts.append(f"failed clients {', '.join(record['clients']['failed'])}")
         pace = elapsed / (round_ - self.first + 1)
         left = math.ceil(pace * (rounds - round_))
-        parts.append(f"{record['seconds']['round']:.2f} s, {left // 60}:{left % 60:02d} left")
+        parts.append(
+            f"{record['seconds']['round']:.2f} s, {left // 60}:{left % 60:02d} left"
+        )
         return "  ".join(parts)
 
     def _summary(self, status: str, seconds: float) -> dict[str, Any]:
@@ -298,7 +320,7 @@ class Run:
         config, records = self.config, self.records
         judged = [r for r in records if r.get("accuracy") is not None]
         best = max(judged, key=lambda r: r["accuracy"], default={})
-        last = next((r for r in reversed(records) if "loss" in r), {})
+        last: dict[str, Any] = next((r for r in reversed(records) if "loss" in r), {})
         rounds_to = {
             f"{t:g}": next((r["round"] for r in judged if r["accuracy"] >= t), None)
             for t in config.targets
@@ -326,7 +348,9 @@ class Run:
             "bytes_up": sides["up"],
             "gradients": sum(r.get("gradients", 0) for r in records),
             "seconds": seconds,
-            "failures": sum(len(r["clients"]["failed"]) for r in records if "clients" in r),
+            "failures": sum(
+                len(r["clients"]["failed"]) for r in records if "clients" in r
+            ),
         }
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -343,7 +367,9 @@ def clients_block(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     trained = [r for r in rows if "train_loss" in r]
     if trained:
         weight = sum(r["samples"] for r in trained)
-        block["train_loss"] = sum(r["train_loss"] * r["samples"] for r in trained) / weight
+        block["train_loss"] = (
+            sum(r["train_loss"] * r["samples"] for r in trained) / weight
+        )
     for role, prefix in (("train", ""), ("holdout", "holdout_")):
         for metric in ("loss", "accuracy"):
             values = torch.tensor(
@@ -390,7 +416,9 @@ def find_unfinished(config: Config) -> Path:
     if config.resume != "auto":
         path = Path(config.resume).expanduser().resolve()
         if not (path / "config.yaml").exists():
-            raise UserError(f"resume={config.resume}: no run directory (no config.yaml there)")
+            raise UserError(
+                f"resume={config.resume}: no run directory (no config.yaml there)"
+            )
         if not same(path):
             raise UserError(
                 f"resume={config.resume}: that run has other settings; give the same ones "

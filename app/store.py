@@ -47,7 +47,9 @@ class ContextStore:
     def versions(self, client: int) -> list[int]:
         """Return the rounds of which a version is here, ascending."""
         prefix = f"memory.{client}."
-        found = [key.removeprefix(prefix) for key in self.state if key.startswith(prefix)]
+        found = [
+            key.removeprefix(prefix) for key in self.state if key.startswith(prefix)
+        ]
         return sorted(int(v) for v in found)
 
     def load(self, client: int, version: int, like: Vectors) -> Vectors:
@@ -79,7 +81,9 @@ class DirectoryStore:
     def versions(self, client: int) -> list[int]:
         """Return the rounds of which a version is here, ascending."""
         folder = self.path / str(client)
-        return sorted(int(p.stem) for p in folder.glob("*.safetensors") if p.stem.isdigit())
+        return sorted(
+            int(p.stem) for p in folder.glob("*.safetensors") if p.stem.isdigit()
+        )
 
     def load(self, client: int, version: int, like: Vectors) -> Vectors:
         """Return a version; KeyError if it is not here."""

@@ -84,7 +84,9 @@ class Algorithm(Protocol):
     def fresh(self, theta: Tensor) -> Vectors:
         """Return the memory of a client that has not taken part yet."""
 
-    def begin(self, down: Mapping[str, Tensor], memory: Vectors, client: Client) -> Vectors:
+    def begin(
+        self, down: Mapping[str, Tensor], memory: Vectors, client: Client
+    ) -> Vectors:
         """Return the state that stays constant during one local training."""
 
     def direction(

@@ -41,11 +41,13 @@ class FedAvg:
     up = ("delta",)
 
     def fresh(self, theta: Tensor) -> Vectors:
-        """No memory."""
+        """Return nothing: there is no memory."""
         return {}
 
-    def begin(self, down: Mapping[str, Tensor], memory: Vectors, client: Client) -> Vectors:
-        """No state."""
+    def begin(
+        self, down: Mapping[str, Tensor], memory: Vectors, client: Client
+    ) -> Vectors:
+        """Return nothing: there is no state."""
         return {}
 
     def direction(
@@ -65,11 +67,11 @@ class FedAvg:
         return float(client.samples) if self.weighting == "samples" else 1.0
 
     def start(self, theta: Tensor) -> Vectors:
-        """The model alone."""
+        """Return the model alone."""
         return {"theta": theta}
 
     def down(self, server: Vectors) -> Vectors:
-        """The model alone."""
+        """Return the model alone."""
         return {"theta": server["theta"]}
 
     def update(self, server: Vectors, mean: Vectors, cohort: Cohort) -> Vectors:
@@ -77,5 +79,5 @@ class FedAvg:
         return {"theta": server["theta"] + self.server_lr * mean["delta"]}
 
     def models(self, server: Vectors) -> Vectors:
-        """The server's model."""
+        """Return the server's model."""
         return {"server": server["theta"]}

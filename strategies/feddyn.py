@@ -71,13 +71,15 @@ class FedDyn:
         return ("delta", "drift") if self.mean_of_all else ("delta",)
 
     def fresh(self, theta: Tensor) -> Vectors:
-        """G_k = 0, and 0 for the last model, which the server replaces by theta^0."""
+        """Return G_k = 0, and 0 for the last model; the server puts theta^0 there."""
         memory = {"gradient": torch.zeros_like(theta)}
         if self.mean_of_all:
             memory["last"] = torch.zeros_like(theta)
         return memory
 
-    def begin(self, down: Mapping[str, Tensor], memory: Vectors, client: Client) -> Vectors:
+    def begin(
+        self, down: Mapping[str, Tensor], memory: Vectors, client: Client
+    ) -> Vectors:
         """Hold the memory, and w_k where it matters."""
         if self.weighting == "uniform":
             return dict(memory)
@@ -103,22 +105,22 @@ class FedDyn:
         return up, memory
 
     def weight(self, client: Client) -> float:
-        """Every client counts the same, in both weightings."""
+        """Return 1: every client counts the same, in both weightings."""
         return 1.0
 
     def start(self, theta: Tensor) -> Vectors:
-        """theta^0, h = 0, and both means at theta^0."""
+        """Return theta^0, h = 0, and the means at theta^0."""
         server = {"theta": theta, "h": torch.zeros_like(theta), "active": theta}
         if self.mean_of_all:
             server |= {"all": theta, "initial": theta}
         return server
 
     def down(self, server: Vectors) -> Vectors:
-        """The model alone: d floats down, as FedAvg."""
+        """Return the model alone: d floats down, as FedAvg."""
         return {"theta": server["theta"]}
 
     def update(self, server: Vectors, mean: Vectors, cohort: Cohort) -> Vectors:
-        """Steps 4 and 5 of Algorithm 1."""
+        """Take steps 4 and 5 of Algorithm 1."""
         h = server["h"] - self.alpha * (cohort.size / cohort.total) * mean["delta"]
         active = server["theta"] + mean["delta"]
         after = {"theta": active - h / self.alpha, "h": h, "active": active}
@@ -130,7 +132,7 @@ class FedDyn:
         return after
 
     def models(self, server: Vectors) -> Vectors:
-        """The reported model first, then the others."""
+        """Return the reported model first, then the others."""
         models = {"server": server["theta"], "active": server["active"]}
         if self.mean_of_all:
             models["all"] = server["all"]

@@ -31,7 +31,7 @@ from strategies.algorithm import Algorithm, Cohort, Vectors
 from strategies.local import Mean
 from strategies.randomness import generator
 from strategies.roster import Roster
-from strategies.wire import Refused, numbers, pack, reasons, unpack, weigh
+from strategies.wire import Refused, ids, numbers, pack, reasons, unpack, weigh
 
 TRAINED = ("samples", "train_loss", "steps", "seconds", "probe")
 EVALUATED = ("eval_samples", "eval_loss")
@@ -133,7 +133,10 @@ class Federation(Strategy):
         cohort = self.roster.draw(server_round, self.per_round)
         due = self.evaluate_every and (server_round - 1) % self.evaluate_every == 0
         return self._messages(
-            server_round, cohort, self._evaluators(cohort) if due else [], MessageType.TRAIN
+            server_round,
+            cohort,
+            self._evaluators(cohort) if due else [],
+            MessageType.TRAIN,
         )
 
     def _evaluators(self, cohort: list[int]) -> list[int]:
@@ -177,8 +180,11 @@ class Federation(Strategy):
         Replies are taken in the order of the clients that they cover, so that the sum does not
         depend on who answered first. With no usable reply the model stays as it is.
         """
-        mean, probes = Mean(), {}
-        ordered = sorted(replies, key=lambda r: self._asked.get(r.metadata.src_node_id, []))
+        mean = Mean()
+        probes: dict[int, float] = {}
+        ordered = sorted(
+            replies, key=lambda r: self._asked.get(r.metadata.src_node_id, [])
+        )
         for reply in ordered:
             node = reply.metadata.src_node_id
             try:
@@ -221,9 +227,7 @@ class Federation(Strategy):
         faults = reasons(reply.content.config_records.get("faults", ConfigRecord()))
         if report is None:
             raise Refused("no report")
-        trained, evaluated = report.get("trained"), report.get("evaluated")
-        if not isinstance(trained, list) or not isinstance(evaluated, list):
-            raise Refused("report: no lists of trained and evaluated clients")
+        trained, evaluated = ids(report, "trained"), ids(report, "evaluated")
         if sorted([*trained, *faults]) != self._asked[node]:
             raise Refused(f"answers for clients {sorted([*trained, *faults])}"[:300])
         if any(self.roster.hosts.get(k) != node for k in evaluated):
@@ -258,7 +262,12 @@ class Federation(Strategy):
         rows: dict[int, dict[str, Any]] = {}
         for k in sorted({*trained, *evaluated}):
             role = "train" if k < self.roster.clients else "holdout"
-            rows[k] = {"round": self.round.number, "client": k, "node": node, "role": role}
+            rows[k] = {
+                "round": self.round.number,
+                "client": k,
+                "node": node,
+                "role": role,
+            }
         for i, k in enumerate(trained):
             row = {n: columns[n][i] for n in TRAINED if n != "probe"}
             rows[k] |= row | {"gradients": row["steps"]}
@@ -298,7 +307,12 @@ class Federation(Strategy):
             try:
                 self._accept(reply)
             except Refused as error:
-                log(WARNING, "evaluation: node %s refused: %s", reply.metadata.src_node_id, error)
+                log(
+                    WARNING,
+                    "evaluation: node %s refused: %s",
+                    reply.metadata.src_node_id,
+                    error,
+                )
         return None
 
     def norms(self) -> dict[str, float]:
@@ -339,4 +353,5 @@ def _add(total: dict[str, int], part: Mapping[str, int]) -> None:
 def probe_direction(seed: int, size: int) -> Tensor:
     """Return the run's audit direction: a random unit vector of shape (size,), float64."""
     vector = torch.randn(size, generator=generator(seed, "audit"), dtype=torch.float64)
-    return vector / torch.linalg.vector_norm(vector)
+    norm: Tensor = torch.linalg.vector_norm(vector)
+    return vector / norm

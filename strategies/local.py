@@ -124,7 +124,9 @@ def step(
     return theta, (constant, moving)
 
 
-def orders(local: Local, samples: int, seed: int, round_: int, client: int) -> Iterator[Tensor]:
+def orders(
+    local: Local, samples: int, seed: int, round_: int, client: int
+) -> Iterator[Tensor]:
     """Yield the sample indices of each local step, int64 of shape (B,).
 
     Every epoch is a new permutation drawn at the address ("batches", round, client).
@@ -133,7 +135,7 @@ def orders(local: Local, samples: int, seed: int, round_: int, client: int) -> I
     size = local.batch or samples
     done = 0
     while True:
-        for part in torch.randperm(samples, generator=random).split(size):
+        for part in torch.split(torch.randperm(samples, generator=random), size):
             yield part
             done += 1
             if done == local.steps:

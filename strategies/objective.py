@@ -84,10 +84,14 @@ class Objective:
     def initial(self) -> tuple[Tensor, Tensor]:
         """Return theta^0 of shape (d,) and the buffers of shape (b,)."""
         theta = self.layout.flatten(dict(self.module.named_parameters()), self.dtype)
-        buffers = self.buffer_layout.flatten(dict(self.module.named_buffers()), self.dtype)
+        buffers = self.buffer_layout.flatten(
+            dict(self.module.named_buffers()), self.dtype
+        )
         return theta, buffers
 
-    def loss(self, theta: Tensor, buffers: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, theta: Tensor, buffers: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
         """Return the batch's mean loss in training mode, and the buffers after it."""
         self.module.train()
         # BatchNorm writes its statistics in place: into a copy, so that this stays a function.
@@ -120,7 +124,9 @@ class Objective:
             **self.buffer_layout.unflatten(buffers),
         }
         loss, hits = 0.0, 0
-        for part, target in zip(x.split(batch), y.split(batch), strict=True):
+        for part, target in zip(
+            torch.split(x, batch), torch.split(y, batch), strict=True
+        ):
             outputs = functional_call(self.module, tensors, (part,))
             loss += float(self.losses(outputs, target).sum(dtype=torch.float64))
             if self.classification:

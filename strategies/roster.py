@@ -7,16 +7,15 @@ late and takes part from the next round on.
 from __future__ import annotations
 
 from logging import WARNING
-from typing import cast
 
 import torch
-from flwr.app import Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from strategies.algorithm import Client
 from strategies.randomness import generator
-from strategies.wire import Refused, numbers
+from strategies.wire import Refused, ids, numbers
 
 ROLL_CALL = f"{MessageType.QUERY}.roll_call"
 
@@ -79,7 +78,12 @@ class Roster:
                 log(WARNING, "node %s refused at the roll call: %s", node, error)
                 continue
             if doubled := hosted.keys() & self.hosts.keys():
-                log(WARNING, "node %s claims hosted clients %s", node, sorted(doubled)[:9])
+                log(
+                    WARNING,
+                    "node %s claims hosted clients %s",
+                    node,
+                    sorted(doubled)[:9],
+                )
             hosted = {k: n for k, n in hosted.items() if k not in self.hosts}
             self._nodes[node] = list(hosted)
             self.hosts |= dict.fromkeys(hosted, node)
@@ -90,14 +94,14 @@ class Roster:
         if reply.has_error():
             raise Refused(reply.error.reason)
         report = reply.content.metric_records.get("hosted")
-        ids = report.get("clients") if report else None
-        if not isinstance(ids, list):
+        if report is None:
             raise Refused("no list of hosted clients")
-        counts = numbers(cast(MetricRecord, report), "samples", len(ids))
-        hosted = {int(k): int(n) for k, n in zip(ids, counts, strict=True)}
+        named = ids(report, "clients")
+        counts = numbers(report, "samples", len(named))
+        hosted = {k: int(n) for k, n in zip(named, counts, strict=True)}
         bad = [k for k in hosted if not 0 <= k < self.clients + self.holdout]
-        if bad or len(hosted) != len(ids) or min(hosted.values(), default=1) < 1:
-            raise Refused(f"hosts impossible clients or samples: {bad or ids}"[:300])
+        if bad or len(hosted) != len(named) or min(hosted.values(), default=1) < 1:
+            raise Refused(f"hosts impossible clients or samples: {bad or named}"[:300])
         return hosted
 
     def trainable(self) -> list[int]:

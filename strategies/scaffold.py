@@ -40,10 +40,12 @@ class Scaffold:
     up = ("delta", "control")
 
     def fresh(self, theta: Tensor) -> Vectors:
-        """c_k = 0."""
+        """Return c_k = 0."""
         return {"control": torch.zeros_like(theta)}
 
-    def begin(self, down: Mapping[str, Tensor], memory: Vectors, client: Client) -> Vectors:
+    def begin(
+        self, down: Mapping[str, Tensor], memory: Vectors, client: Client
+    ) -> Vectors:
         """Hold c_k and the correction c - c_k."""
         control = memory["control"]
         return {"control": control, "correction": down["control"] - control}
@@ -61,18 +63,20 @@ class Scaffold:
         delta = theta - anchor
         # c_k+ - c_k = -c - delta/(K eta), and correction + c_k = c.
         change = -(state["correction"] + state["control"]) - delta / effort
-        return {"delta": delta, "control": change}, {"control": state["control"] + change}
+        return {"delta": delta, "control": change}, {
+            "control": state["control"] + change
+        }
 
     def weight(self, client: Client) -> float:
-        """Every client counts the same."""
+        """Return 1: every client counts the same."""
         return 1.0
 
     def start(self, theta: Tensor) -> Vectors:
-        """The model and c = 0."""
+        """Return the model and c = 0."""
         return {"theta": theta, "control": torch.zeros_like(theta)}
 
     def down(self, server: Vectors) -> Vectors:
-        """The model and c."""
+        """Return the model and c."""
         return dict(server)
 
     def update(self, server: Vectors, mean: Vectors, cohort: Cohort) -> Vectors:
@@ -84,5 +88,5 @@ class Scaffold:
         }
 
     def models(self, server: Vectors) -> Vectors:
-        """The server's model."""
+        """Return the server's model."""
         return {"server": server["theta"]}

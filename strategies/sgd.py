@@ -62,4 +62,8 @@ class SGD:
         # The same recursion on a direction of constant 1 gives the total weight of directions.
         push = self.momentum * state["push"] + 1
         effort = state["effort"] + lr * push
-        return theta - lr * velocity, {"velocity": velocity, "push": push, "effort": effort}
+        return theta - lr * velocity, {
+            "velocity": velocity,
+            "push": push,
+            "effort": effort,
+        }

@@ -73,7 +73,9 @@ def decode(array: Array, size: int) -> np.ndarray:
     return np.frombuffer(array.data, dtype, size, stream.tell()).copy()
 
 
-def unpack(record: ArrayRecord, sizes: Mapping[str, int], dtype: torch.dtype) -> Vectors:
+def unpack(
+    record: ArrayRecord, sizes: Mapping[str, int], dtype: torch.dtype
+) -> Vectors:
     """Return exactly the expected vectors of a record.
 
     Parameters
@@ -141,7 +143,15 @@ def numbers(record: MetricRecord, name: str, length: int) -> list[float]:
         raise Refused(f"report: {name} must be a list of {length} numbers")
     if not all(np.isfinite(values)):
         raise Refused(f"report: {name} holds NaN or infinity")
-    return values
+    return [float(v) for v in values]
+
+
+def ids(record: MetricRecord, name: str) -> list[int]:
+    """Return a list of client ids of a report, or raise Refused."""
+    values = record.get(name)
+    if not isinstance(values, list) or not all(isinstance(v, int) for v in values):
+        raise Refused(f"report: {name} must be a list of client ids")
+    return [int(v) for v in values]
 
 
 def reasons(record: ConfigRecord) -> dict[int, str]:

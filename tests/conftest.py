@@ -1,0 +1,119 @@
+"""What the tests share: a quick federation, and what a run of it left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from app import plots
+from app.config import to_run_config
+from app.experiment import run_local
+from app.local_grid import LocalGrid
+from app.run import Run
+
+#: Six clients on the embedded digits, three of them in a round: well under a second.
+QUICK = (
+    "partition=iid",
+    "model.hidden=[8]",
+    "clients=6",
+    "clients_per_round=3",
+    "rounds=3",
+    "local.epochs=1",
+    "local.batch=60",
+    "device=cpu",
+    "nodes=2",
+    "processes=0",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run returned and wrote.
+
+    Attributes
+    ----------
+    summary : dict
+        What the run returned.
+    path : Path
+        Its directory.
+    model : dict of str to Tensor
+        The final model by the module's names.
+    records : list of dict
+        The lines of metrics.jsonl.
+    lines : list of str
+        What it said.
+    """
+
+    summary: dict[str, Any]
+    path: Path
+    model: dict[str, Tensor]
+    records: list[dict[str, Any]]
+    lines: list[str]
+
+    @property
+    def theta(self) -> Tensor:
+        """The model as one vector."""
+        return torch.cat([t.flatten() for _, t in sorted(self.model.items())])
+
+
+def found(path: Path, summary: dict[str, Any], lines: Sequence[str] = ()) -> Result:
+    """Return what a finished run left in its directory."""
+    text = (path / "metrics.jsonl").read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    model = load_file(path / "model.safetensors")
+    return Result(summary, path, model, records, list(lines))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The main process computes as a worker does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def grid_of(overrides: Sequence[str], nodes: int) -> LocalGrid:
+    """Return a grid of so many nodes in this process; none to fill with `add_node`."""
+    return LocalGrid(to_run_config(overrides), nodes)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """A function of overrides (after those of QUICK) that runs them in this process.
+
+    ``callbacks`` go to the run. ``grid``, a function of the overrides, makes the grid instead of
+    the local runtime; ``edit`` sees the `Run` before it starts. No plots are drawn: a run then
+    takes a tenth of a second.
+    """
+    monkeypatch.setattr(plots, "overview", lambda *_: None)
+    monkeypatch.setattr(plots, "label_map", lambda *_: None)
+
+    def run(
+        *overrides: str,
+        callbacks: Sequence[Any] = (),
+        grid: Callable[[Sequence[str]], LocalGrid] | None = None,
+        edit: Callable[[Run], None] | None = None,
+        quick: Sequence[str] = QUICK,
+    ) -> Result:
+        lines: list[str] = []
+        given = [*quick, f"output_dir={tmp_path}/runs", *overrides]
+        if grid is None and edit is None:
+            summary = run_local(given, callbacks, lines.append)
+        else:
+            task = Run(given, callbacks, lines.append)
+            if edit:
+                edit(task)
+            make = grid or (lambda o: grid_of(o, task.config.nodes))
+            summary = task(make(given))
+        return found(Path(lines[0].removeprefix("run directory: ")), summary, lines)
+
+    return run
