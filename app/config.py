@@ -7,17 +7,19 @@ Each process composes the same list, so all of them hold the same `Config`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import inspect
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -285,7 +287,7 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
     groups = tuple(
         o for o, p in zip(overrides, parsed, strict=True) if p.key_or_group in GROUPS
     )
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with _hydra():
         try:
             return compose("config", list(overrides), return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
@@ -299,6 +301,19 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
                         f"no setting is called '{key}'; {_near(key, known)}"
                     ) from None
             raise UserError(f"configuration: {_first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _hydra() -> Iterator[None]:
+    """Initialize Hydra for composing, also inside a job that Hydra itself runs."""
+    hydra = GlobalHydra.instance()
+    outer = hydra.hydra
+    hydra.clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            yield
+    finally:
+        hydra.hydra = outer
 
 
 def _keys(config: Any, prefix: str = "") -> set[str]:

@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
@@ -157,12 +160,32 @@ def objective_of(summary: dict[str, Any]) -> float:
     return -float(summary["loss"])
 
 
-def main() -> None:
-    """Check the command line, then let Hydra run it."""
+def check_sweep(arguments: Sequence[str]) -> None:
+    """Check every combination of a sweep before the first one runs.
+
+    Another sweeper than Hydra's own draws its values later; its jobs check themselves.
+    """
+    overrides = [a for a in arguments if not a.startswith("-")]
+    other = any(a.startswith("hydra/sweeper=") for a in overrides)
+    if other or not {"-m", "--multirun"} & set(arguments):
+        return
     try:
-        if not {"-m", "--multirun", "--help", "-h", "--cfg", "-c"} & set(sys.argv[1:]):
-            load([a for a in sys.argv[1:] if not a.startswith("-")])
-        experiment()
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise UserError(str(error).strip().splitlines()[0]) from None
+    for batch in BasicSweeper.split_arguments(parsed, None):
+        for combination in batch:
+            load([o for o in combination if not o.startswith("hydra")])
+
+
+def main() -> None:
+    """Run once; leave sweeps and every other option to Hydra."""
+    try:
+        if any(a.startswith("-") for a in sys.argv[1:]):
+            check_sweep(sys.argv[1:])
+            experiment()
+        else:
+            main_once(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

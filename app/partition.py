@@ -69,7 +69,7 @@ def dirichlet(
     natural: np.ndarray | None,
     clients: int,
     seed: int,
-    alpha: Concentration = 0.3,
+    alpha: Concentration = 0.1,
     minimum: Positive = 1,
 ) -> list[np.ndarray]:
     """Divide each class among the clients by shares ~ Dir(alpha) (Hsu et al. 2019).
@@ -103,7 +103,7 @@ def dirichlet_balanced(
     natural: np.ndarray | None,
     clients: int,
     seed: int,
-    alpha: Concentration = 0.3,
+    alpha: Concentration = 0.1,
     sigma: Spread = 0.0,
     minimum: Positive = 1,
 ) -> list[np.ndarray]:

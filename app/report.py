@@ -411,7 +411,7 @@ def _state(runs: Sequence[Run]) -> str:
 
 def _total(runs: Sequence[Run], of: Callable[[Mapping[str, Any]], float]) -> Spread:
     """Return the sums over the rounds of each run."""
-    return Spread.of(sum(map(of, run.rounds)) for run in runs)
+    return Spread.of(sum(map(of, run.rounds)) if run.rounds else None for run in runs)
 
 
 def _last(run: Run, axis: str) -> float | None:

@@ -56,7 +56,7 @@ class FedDyn:
     alpha: Annotated[float, Gt(0)] = 0.1
     weighting: Literal["uniform", "samples"] = "uniform"
     mean_of_all: bool = False
-    report: Literal["server", "active", "all"] = "active"
+    report: Literal["server", "active", "all"] = "server"
 
     mirror = ("gradient", "h")
 

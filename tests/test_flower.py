@@ -107,29 +107,71 @@ def test_a_mistake_is_told_before_flower_starts(home: Path) -> None:
     assert belonging(home) == []
 
 
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize("nodes", [2, 6])
-def test_flower_gives_the_local_runtimes_model(
-    home: Path, run: Run, tmp_path: Path, nodes: int
+def same(ours: Result, theirs: Result) -> None:
+    """Assert that two runs gave the same model and the same records, bit for bit."""
+    assert ours.model.keys() == theirs.model.keys()
+    for name, tensor in ours.model.items():
+        assert torch.equal(tensor, theirs.model[name]), name
+    for a, b in zip(ours.records, theirs.records, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"seconds"}:
+            assert a[key] == b[key], (a["round"], key)
+
+
+@pytest.mark.timeout(120)
+def test_a_node_for_each_client_gives_the_local_runtimes_model(
+    home: Path, run: Run, tmp_path: Path
 ) -> None:
-    given = [*QUICK, "rounds=2", f"nodes={nodes}", "holdout_clients=1", "seed=3"]
-    awkward = 'name=it\'s a "run" = 1, a\\b'
+    given = [*QUICK, "rounds=2", "nodes=6", "seed=3", "evaluate_clients=cohort"]
+    name = 'odd "name" = 1, x'
     lines: list[str] = []
-    run_flower([*given, f"output_dir={tmp_path}/flower", "name=there"], lines.append)
-    path = tmp_path / "flower" / "there"
-    summary = read_summary(path)
-    assert summary is not None, "\n".join(lines)
-    flower = found(path, summary)
-    local = run(*given)
-    assert awkward
-    assert flower.model.keys() == local.model.keys()
-    for name, tensor in local.model.items():
-        assert torch.equal(tensor, flower.model[name]), name
-    for ours, theirs in zip(local.records, flower.records, strict=True):
-        free = ("seconds", "callbacks")
-        assert {k: v for k, v in ours.items() if k not in free} == {
-            k: v for k, v in theirs.items() if k not in free
-        }
+    place = [f"output_dir={tmp_path}/flower", f"name='{name}'"]
+    run_flower([*given, *place], lines.append)
     told = "\n".join(lines)
+    path = tmp_path / "flower" / name
+    summary = read_summary(path)
+    assert summary is not None, told
+    same(run(*given), found(path, summary))
     assert told.count(f"run directory: {path}") == 2
     assert "round 2/2" in told
+
+
+def flwr(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Flower's command line in the project's folder, as a person does."""
+    command = [str(Path(sys.executable).with_name("flwr")), "run", ".", *arguments]
+    return subprocess.run(
+        [*command, "--stream"], cwd=ROOT, capture_output=True, text=True, timeout=110
+    )
+
+
+@pytest.mark.timeout(120)
+def test_plain_flwr_run(home: Path, run: Run, tmp_path: Path) -> None:
+    rest = [o for o in QUICK if o.startswith(("model.", "local."))]
+    ended = flwr(
+        "--run-config",
+        "strategy='fedavg' partition='iid' rounds=2 clients=6 clients_per_round=3 device='cpu' "
+        f"output_dir='{tmp_path}/plain' overrides='{' '.join(rest)}'",
+        "--federation-config",
+        "num-supernodes=2",
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (path,) = (tmp_path / "plain").iterdir()
+    summary = read_summary(path)
+    assert summary is not None, ended.stdout
+    assert f"run directory: {path}" in ended.stdout
+    same(run("strategy=fedavg", "rounds=2", "nodes=2"), found(path, summary))
+
+
+@pytest.mark.timeout(120)
+def test_plain_flwr_run_tells_a_mistake_in_one_line(home: Path) -> None:
+    ended = flwr("--run-config", "strategy='fedyn'", "--federation-config", "num-supernodes=2")
+    told = (ended.stdout + ended.stderr).splitlines()
+    errors = [line for line in told if "error: " in line]
+    assert len(errors) == 1, "\n".join(told)
+    assert "no strategy is called 'fedyn'; did you mean 'feddyn'?" in errors[0]
+    assert not any("Traceback" in line for line in told), "\n".join(told)
+
+
+def test_nothing_is_left_running(home: Path) -> None:
+    assert belonging(home), "a SuperLink was expected"
+    assert end(home) == []

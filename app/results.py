@@ -1,0 +1,200 @@
+"""What a study found: its result, the table, and the page of all results.
+
+A result is plain data, one JSON file for each study in ``docs/results``. It holds the
+numbers of every run by variant and seed, so that means, table, verdict and page can be
+made again from it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from app import plots, report
+from app.config import CONF, load
+from app.errors import UserError
+from app.measure import EXCESS, measure, with_excess
+from app.plan import Plan, settings
+from app.records import read_summary, write_atomic
+from app.report import Spread, markdown
+from app.run import describe
+from app.verdict import DISTANCE, Rule, Table, better, judge
+
+DOCS = CONF.parent / "docs"
+
+
+def summarize(plan: Plan) -> dict[str, Any] | None:
+    """Measure the finished runs, draw them, and write ``study.md`` and ``study.png``.
+
+    Returns
+    -------
+    dict or None
+        The result, as it is published; None if no run has finished.
+    """
+    study, variants = plan.study, dict[str, dict[str, Any]]()
+    drawn: dict[str, list[Any]] = {}
+    environments = []
+    for job in plan.jobs:
+        path = plan.folder / job.name
+        if not path.is_dir() or read_summary(path) is None:
+            continue
+        found = report.load([path])[0]
+        numbers = measure(found, study.metric, plan.targets)
+        variants.setdefault(job.variant, {})[str(job.seed)] = numbers
+        exact = study.metric == DISTANCE
+        records = with_excess(found.rounds) if exact else found.rounds
+        drawn.setdefault(job.variant, []).append(records)
+        environments.append(json.loads((path / "environment.json").read_text()))
+    if not variants:
+        return None
+    last = max(environments, key=lambda e: str(e["date"]))
+    seeds = list(range(plan.seeds))
+    common = settings(describe(load(plan.jobs[0].overrides)))
+    runs = [r for of in variants.values() for r in of.values()]
+    result = {
+        "study": plan.name,
+        "claim": study.claim,
+        "fairness": study.fairness,
+        "size": plan.size,
+        "metric": study.metric,
+        "targets": plan.targets,
+        "rule": study.verdict.model_dump(exclude_none=True),
+        "overrides": list(plan.extra),
+        "seeds": seeds,
+        "variants_overrides": study.variants,
+        "config": {
+            k: v
+            for k, v in common.items()
+            if k != "seed" and not k.startswith("strategy.")
+        },
+        **{key: last[key] for key in ("date", "machine", "versions")},
+        "minutes": round(sum(r["seconds"] for r in runs) / 60, 2),
+        "verdict": judge(study.verdict, variants, seeds, study.metric),
+        "variants": variants,
+    }
+    metric = EXCESS if study.metric == DISTANCE else study.metric
+    plots.curves(drawn, metric, "rounds", plan.folder / "study.png", band="std")
+    text = f"# {plan.name}\n\n{body(result, 'study.png')}"
+    write_atomic(plan.folder / "study.md", text)
+    return result
+
+
+def publish(result: dict[str, Any], folder: Path, docs: Path = DOCS) -> None:
+    """Keep a study's result and figure in the documentation and make its page again.
+
+    Raises
+    ------
+    UserError
+        If runs are missing.
+    """
+    if result["verdict"]["holds"] is None:
+        raise UserError(f"{result['study']}: not published, since runs are missing.")
+    (docs / "results").mkdir(exist_ok=True)
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    write_atomic(docs / "results" / f"{result['study']}.json", text)
+    image = (folder / "study.png").read_bytes()
+    write_atomic(docs / "results" / f"{result['study']}.png", image)
+    write_page(docs)
+
+
+def write_page(docs: Path = DOCS) -> None:
+    """Write ``docs/results.md`` from the summaries."""
+    write_atomic(docs / "results.md", page(docs / "results"))
+    print(docs / "results.md")
+
+
+def cells(table: Table, metric: str, targets: Sequence[float]) -> list[list[str]]:
+    """Return the comparison as text, its header first; mean and sd over the seeds."""
+    sign = "≤" if better(metric) else "≥"
+    head = ["variant", "runs", *(f"rounds to {sign} {t:g}" for t in targets)]
+    head += [f"final {metric}", *([f"best {metric}"] if metric != DISTANCE else [])]
+    lines = [[*head, "MB sent", "gradients", "seconds"]]
+    form = ".4f" if metric == "accuracy" else ".3g"
+    for name, seeds in table.items():
+        runs = list(seeds.values())
+        line = [name, str(len(runs))]
+        for t in targets:
+            line.append(Spread.of(r["rounds_to"][f"{t:g}"] for r in runs).text(".1f"))
+        for key in ("final", "best")[: 1 if metric == DISTANCE else 2]:
+            line.append(Spread.of(r[key] for r in runs).text(form))
+        line.append(Spread.of(r["bytes"] / 1e6 for r in runs).text(".3g"))
+        line.append(Spread.of(r["gradients"] for r in runs).text(",.0f"))
+        line.append(Spread.of(r["seconds"] for r in runs).text(".1f"))
+        lines.append(line)
+    return lines
+
+
+def models(table: Table, targets: Sequence[float]) -> list[str]:
+    """Return a line for each variant whose records name several models."""
+    lines = []
+    for name, seeds in table.items():
+        runs = [r for r in seeds.values() if r.get("models")]
+        if not runs or not targets:
+            continue
+        parts = []
+        for model in runs[0]["models"]:
+            spreads = [
+                f"{t:g} in {Spread.of(r['models'][model][f'{t:g}'] for r in runs).text('.1f')}"
+                for t in targets
+            ]
+            parts.append(f"{model} model: {', '.join(spreads)}")
+        reported = runs[0]["reported_model"]
+        lines.append(
+            f"{name} reports its {reported} model; rounds to target by model: "
+            f"{'; '.join(parts)}."
+        )
+    return lines
+
+
+def body(result: Mapping[str, Any], figure: str) -> str:
+    """Return a study's result as Markdown below its heading."""
+    table, targets = result["variants"], result["targets"]
+    metric = result["metric"]
+    notes = "".join(f"\n{line}\n" for line in models(table, targets))
+    verdict = judge(Rule(**result["rule"]), table, result["seeds"], metric)
+    machine, versions = result["machine"], result["versions"]
+    with_ = ", ".join(f"{name} {v}" for name, v in versions.items() if v)
+    given = " ".join(result["overrides"])
+    failed = sum(r["failures"] for runs in table.values() for r in runs.values())
+    lost = f" {failed} times a client failed and was left out." if failed else ""
+    rounds = sorted({r["rounds"] for runs in table.values() for r in runs.values()})
+    many = f"{len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''}"
+    return (
+        f"Claim: {result['claim']}\n\n"
+        f"Verdict: {verdict['text']}\n\n"
+        f"{markdown(cells(table, metric, targets))}{notes}\n"
+        f"![{result['study']}]({figure})\n\n"
+        f"Fairness: {result['fairness']}\n\n"
+        f"Run: size {result['size']}, {many}, "
+        f"{' or '.join(map(str, rounds)) or 'no'} rounds; {result['minutes']:.1f} "
+        f"minutes in all on {machine['cores']} cores ({machine['cpu']}), "
+        f"{result['date'][:10]}; {with_}.{lost}"
+        f"{f' Further settings: `{given}`.' if given else ''}\n"
+    )
+
+
+def page(folder: Path) -> str:
+    """Return ``docs/results.md``, made of the summaries in a folder and nothing else.
+
+    Raises
+    ------
+    UserError
+        If a summary cannot be read.
+    """
+    text = (
+        "# Results\n\nGenerated by `python -m app.study --page` from the summaries in "
+        "`docs/results`; do not edit.\n"
+        "Numbers are mean ± standard deviation over the seeds; `(2/3)` counts the runs\n"
+        "that have a value. [Studies](studies.md) says how a verdict is computed.\n"
+    )
+    for file in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            name = result["study"]
+            section = body(result, f"results/{name}.png")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: is no summary of a study ({error!r}).") from error
+        text += f"\n## {name}\n\n{section}"
+        text += f"\nAgain: `python -m app.study {name} size={result['size']} "
+        text += f"seeds={len(result['seeds'])}`\n"
+    return text

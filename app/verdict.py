@@ -1,0 +1,133 @@
+"""What a study's numbers say about its claim.
+
+A verdict is computed from numbers alone, seed by seed, by the rule that the study
+states before anything is run; no study has a verdict of its own making.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from app.config import Model
+from app.records import falls
+from app.report import Spread
+
+DISTANCE = "distance"  # of the final model to the known minimizer of the quadratics
+
+Numbers = Mapping[str, Any]
+#: From variant to seed (as text, since JSON knows no other keys) to a run's numbers.
+Table = Mapping[str, Mapping[str, Numbers]]
+
+
+class Rule(Model):
+    """How a verdict follows from the numbers: each lead against each rival, by seed.
+
+    Attributes
+    ----------
+    rule : {"rounds", "final", "limit"}
+        ``rounds``: the lead reaches ``target`` in fewer rounds; a rival that never
+        reaches it is behind a lead that does. ``final``: the lead ends at a better
+        value. ``limit``: leads end at ``within`` or less, rivals at ``beyond`` or more.
+    lead, rivals : list of str
+        Variants.
+    target, within, beyond : float, optional
+        What the rule needs.
+    """
+
+    rule: Literal["rounds", "final", "limit"]
+    lead: list[str]
+    rivals: list[str]
+    target: float | None = None
+    within: float | None = None
+    beyond: float | None = None
+
+    @model_validator(mode="after")
+    def _needs(self) -> Self:
+        needed = {"rounds": {"target"}, "final": set(), "limit": {"within", "beyond"}}
+        given = {k for k in ("target", "within", "beyond") if getattr(self, k)}
+        if given != needed[self.rule] or not self.lead or not self.rivals:
+            words = ", ".join(["lead", "rivals", *sorted(needed[self.rule])])
+            raise ValueError(f"rule {self.rule} takes exactly {words}")
+        return self
+
+
+def better(metric: str) -> bool:
+    """Return whether a smaller value of the metric is the better one."""
+    return metric == DISTANCE or falls(metric)
+
+
+def judge(
+    rule: Rule, table: Table, seeds: Sequence[int], metric: str
+) -> dict[str, Any]:
+    """Return what the numbers say about the claim.
+
+    Returns
+    -------
+    dict
+        ``holds`` (in every seed; None if a run is missing), ``seeds_for`` of
+        ``seeds_judged``, and ``text``, a sentence with the numbers.
+    """
+    names = [*rule.lead, *rule.rivals]
+    judged = [s for s in map(str, seeds) if all(s in table.get(n, {}) for n in names)]
+    won = [s for s in judged if _ahead(rule, table, s, metric)]
+    holds = bool(judged) and len(won) == len(judged)
+    count = f"{len(won)} of {len(judged)} seeds"
+    end = (
+        f"the claim holds in {count}."
+        if holds
+        else f"the claim does not hold ({count})."
+    )
+    missing = len(seeds) - len(judged)
+    if missing:
+        end = f"no verdict, as runs of {missing} of {len(seeds)} seeds are missing."
+    text = f"{_evidence(rule, table, judged, metric)}: {end}" if judged else end
+    return {
+        "holds": None if missing else holds,
+        "seeds_for": len(won),
+        "seeds_judged": len(judged),
+        "text": text,
+    }
+
+
+def _ahead(rule: Rule, table: Table, seed: str, metric: str) -> bool:
+    """Return whether every lead is ahead of every rival in one seed."""
+
+    def value(name: str) -> float:
+        numbers = table[name][seed]
+        if rule.rule == "rounds":
+            at = numbers["rounds_to"][f"{rule.target:g}"]
+            return math.inf if at is None else at
+        # A run that ended at NaN is behind every other.
+        worst = math.inf if better(metric) else -math.inf
+        return worst if numbers["final"] is None else float(numbers["final"])
+
+    leads, rivals = map(value, rule.lead), list(map(value, rule.rivals))
+    if rule.rule == "limit":
+        assert rule.within is not None and rule.beyond is not None
+        return max(leads) <= rule.within and min(rivals) >= rule.beyond
+    if rule.rule == "final" and not better(metric):
+        return min(leads) > max(rivals)
+    return max(leads) < min(rivals)
+
+
+def _evidence(rule: Rule, table: Table, seeds: Sequence[str], metric: str) -> str:
+    """Return the numbers that the verdict rests on, in words."""
+    parts = []
+    for name in (*rule.lead, *rule.rivals):
+        runs = [table[name][s] for s in seeds]
+        if rule.rule == "rounds":
+            spread = Spread.of(r["rounds_to"][f"{rule.target:g}"] for r in runs)
+            within = max(r["rounds"] for r in runs)
+            text = f"in {spread.text('.1f')} rounds"
+            text = text if spread.values else f"not at all within {within} rounds"
+        else:
+            text = Spread.of(r["final"] for r in runs).text(".3g")
+        parts.append(f"{name} {text}")
+    if rule.rule == "rounds":
+        first, *rest = parts
+        name, _, number = first.partition(" ")
+        head = f"{name} reaches {metric} {rule.target:g} {number}"
+        return ", ".join([head, *rest])
+    return f"final {metric}: {', '.join(parts)}"

@@ -1,0 +1,311 @@
+"""Settings: two files that agree, a round trip through Flower, and mistakes in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import QUICK, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app import experiment
+from app.config import FIRST_CLASS, GROUPS, Config, from_run_config, load, names, to_run_config
+from app.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+Door = Callable[..., str]
+
+
+def run_config() -> dict[str, Any]:
+    """The [tool.flwr.app.config] of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    table: dict[str, Any] = project["tool"]["flwr"]["app"]["config"]
+    return table
+
+
+# Two files that agree.
+
+
+def test_flowers_keys_and_defaults_are_hydras() -> None:
+    flower = run_config()
+    assert flower.pop("overrides") == ""
+    assert tuple(flower) == FIRST_CLASS
+    hydra = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())
+    choices = {k: v for entry in hydra["defaults"] if entry != "_self_" for k, v in entry.items()}
+    for key, value in flower.items():
+        assert value == (choices | hydra)[key], key
+    assert from_run_config(run_config()) == []
+
+
+def test_every_choice_of_every_group_composes() -> None:
+    needs = {
+        "data=npz": ["data.path=x.npz"],
+        "data=imagefolder": ["data.root=x"],
+        "data=text": ["data.path=x.txt"],
+    }
+    for group in GROUPS[:-1]:
+        assert names(group), group
+        for name in names(group):
+            choice = f"{group}={name}"
+            config = load([choice, *needs.get(choice, [])])
+            assert getattr(config, group).name == name
+
+
+# Through Flower and back.
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
+
+
+@given(st.lists(WORDS, max_size=5))
+def test_any_overrides_survive_the_run_config(overrides: list[str]) -> None:
+    assert from_run_config(to_run_config(overrides)) == overrides
+    assert from_run_config({**run_config(), **to_run_config(overrides)}) == overrides
+
+
+#: Any letters; ``$`` would begin an interpolation, as everywhere in a configuration.
+PATHS = st.text(
+    st.characters(min_codepoint=32, max_codepoint=0x2FF, exclude_characters="$"), min_size=1
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(PATHS)
+def test_any_output_dir_of_the_run_config_arrives(text: str) -> None:
+    config = load(from_run_config({**run_config(), "output_dir": text}))
+    assert config.output_dir == text
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.fixed_dictionaries(
+        {
+            "strategy": st.sampled_from(["fedavg", "feddyn", "scaffold", "fedprox"]),
+            "rounds": st.integers(0, 10**6),
+            "seed": st.integers(0, 2**40),
+            "clients": st.integers(5, 99),
+            "device": st.sampled_from(["auto", "cpu"]),
+        }
+    )
+)
+def test_first_class_values_arrive(values: dict[str, Any]) -> None:
+    config = load(from_run_config({**run_config(), **values}))
+    assert config.strategy.name == values.pop("strategy")
+    for key, value in values.items():
+        assert getattr(config, key) == value
+
+
+def test_overrides_win_over_first_class_keys() -> None:
+    told = {**run_config(), "rounds": 7, "overrides": "rounds=9 strategy.alpha=0.5"}
+    config = load(from_run_config(told))
+    assert config.rounds == 9
+    assert config.strategy.options["alpha"] == 0.5
+
+
+def test_torn_quotes_in_overrides_are_a_users_mistake() -> None:
+    with pytest.raises(UserError, match="overrides: "):
+        from_run_config({"overrides": "name='half"})
+
+
+def test_a_configuration_is_frozen() -> None:
+    config: Config = load([])
+    with pytest.raises(ValueError, match="frozen"):
+        config.rounds = 3  # type: ignore[misc]
+
+
+# Mistakes, through the public door.
+
+
+@pytest.fixture
+def door(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Door:
+    """`python -m app.experiment` in this process: the one line that it ends with."""
+
+    def door(*overrides: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["experiment", *overrides])
+        with pytest.raises(SystemExit) as ended:
+            experiment.main()
+        assert ended.value.code == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        (line,) = told.err.splitlines()
+        assert line.startswith("error: ")
+        assert list(tmp_path.glob("runs/*")) == [], "a refused run left a directory"
+        return line
+
+    return door
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        # A name that is not there, with the nearest one.
+        (["strategy=fedyn"], ["no strategy is called 'fedyn'", "'feddyn'?", "scaffold"]),
+        (["data=minst"], ["no data is called 'minst'", "'mnist'?"]),
+        (["model=mpl"], ["no model is called 'mpl'", "'mlp'?"]),
+        (["partition=dirichle"], ["no partition is called", "'dirichlet'?"]),
+        (["optimizer=adamw"], ["no optimizer is called 'adamw'", "sgd"]),
+        (["strategy=fedyn,fedavg"], ["strategy"]),
+        (["experiment=nothing"], ["experiment", "nothing"]),
+        # A key that is not there.
+        (["round=3"], ["no setting is called 'round'", "'rounds'?"]),
+        (["strategy.alhpa=1"], ["no setting is called 'strategy.alhpa'", "'strategy.alpha'?"]),
+        (["local.epoch=1"], ["no setting is called 'local.epoch'", "'local.epochs'?"]),
+        (["+local.foo=1"], ["no setting is called 'local.foo'", "epochs"]),
+        (["+strategy.foo=1"], ["strategy.foo", "no such setting", "alpha"]),
+        (["+stop.foo=1"], ["stop.foo"]),
+        (["+foo=1"], ["foo"]),
+        (["strategy=fedavg", "strategy.alpha=1"], ["no setting is called 'strategy.alpha'"]),
+        # A value that cannot be.
+        (["strategy.alpha=0"], ["strategy.alpha=0", "greater than 0"]),
+        (["strategy.alpha=-1"], ["strategy.alpha=-1", "greater than 0"]),
+        (["strategy.alpha=lots"], ["strategy.alpha='lots'", "number"]),
+        (["strategy.alpha=nan"], ["strategy.alpha"]),
+        (["strategy.alpha=inf"], ["strategy.alpha"]),
+        (["strategy=fedprox", "strategy.mu=-1"], ["strategy.mu=-1"]),
+        (["strategy.weighting=equal"], ["strategy.weighting='equal'", "uniform"]),
+        (["strategy.report=all"], ["mean_of_all"]),
+        (["partition.alpha=0"], ["partition.alpha=0"]),
+        (["optimizer.lr=0"], ["optimizer.lr=0"]),
+        (["optimizer.lr=nan"], ["optimizer.lr"]),
+        (["optimizer.momentum=1"], ["optimizer.momentum=1"]),
+        (["model.hidden=[0]"], ["model.hidden"]),
+        (["model.hidden=wide"], ["model.hidden"]),
+        (["rounds=many"], ["rounds='many'", "integer"]),
+        (["rounds=-1"], ["rounds=-1"]),
+        (["rounds=1.5"], ["rounds=1.5"]),
+        (["clients=0"], ["clients=0"]),
+        (["local.batch=-1"], ["local.batch=-1"]),
+        (["local.epochs=0"], ["local.epochs=0"]),
+        (["local.clip=nan"], ["local.clip"]),
+        (["local=1"], ["local"]),
+        (["stop=now"], ["stop"]),
+        (["targets=[2]"], ["targets"]),
+        (["client_test=1"], ["client_test=1"]),
+        (["device=tpu"], ["device='tpu'"]),
+        (["dtype=float16"], ["dtype='float16'"]),
+        (["runtime=cloud"], ["runtime='cloud'"]),
+        (["seed=-1"], ["seed=-1"]),
+        (["deadline=0"], ["deadline=0"]),
+        (["strategy=null"], ["strategy"]),
+        # Values that do not go together.
+        (["clients=4", "clients_per_round=5"], ["clients_per_round=5", "clients=4"]),
+        (["min_clients=99"], ["min_clients=99"]),
+        (["clients=2000"], ["2000"]),
+        (["partition=iid", "clients=2000"], ["2000"]),
+        # Not an override at all.
+        (["rounds"], ["'rounds' is not key=value"]),
+        (["rounds=[1"], ["rounds=[1"]),
+        (["name=../up"], ["name"]),
+        (["name=a/b"], ["name"]),
+        # What is not there.
+        (["data=npz"], ["path"]),
+        (["data=npz", "data.path=none.npz"], ["none.npz"]),
+        (["data=mnist", "data.root=nowhere"], ["nowhere"]),
+        (["data=imagefolder", "data.root=nowhere"], ["nowhere"]),
+        (["data=text", "data.path=nowhere.txt"], ["nowhere.txt"]),
+        (["resume=nowhere"], ["resume=nowhere"]),
+        (["resume=auto"], ["resume=auto", "no unfinished run"]),
+        # Other people's code.
+        (["strategy._target_=os.system"], ["os.system", "below app or strategies"]),
+        (["data._target_=builtins.eval"], ["builtins.eval", "below app or strategies"]),
+        (["strategy._target_=appendix.f"], ["appendix.f", "below app or strategies"]),
+        (["strategy._target_=strategies.nothing.F"], ["strategies.nothing.F"]),
+        (["strategy._target_=strategies.sgd.SGD"], ["strategy"]),
+        (["strategy._target_=app.data.os.system"], ["app.data.os.system"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_a_mistake_is_told_in_one_line(
+    door: Door, overrides: list[str], parts: list[str]
+) -> None:
+    line = door(*overrides)
+    for part in parts:
+        assert part in line, line
+
+
+def test_a_missing_root_says_what_to_put_where(door: Door) -> None:
+    line = door("data=mnist", "data.root=nowhere")
+    assert "data.download=true" in line or "download" in line
+    assert "train-images" in line or "MNIST" in line, line
+
+
+@pytest.mark.parametrize("text", [b"", b"not an archive", b"PK\x03\x04torn"])
+def test_a_corrupt_file(door: Door, tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "torn.npz").write_bytes(text)
+    assert "torn.npz" in door("data=npz", "data.path=torn.npz")
+
+
+def test_a_label_column_that_does_not_exist(door: Door, tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((9, 2), np.float32), target=np.arange(9) % 2)
+    line = door("data=npz", "data.path=d.npz")
+    assert "'y'" in line and "target" in line
+    line = door("data=npz", "data.path=d.npz", "data.label=targt")
+    assert "did you mean 'target'?" in line
+
+
+def test_a_natural_partition_of_data_without_clients(door: Door) -> None:
+    assert "natural" in door("partition=natural")
+
+
+def test_more_clients_than_a_client_test_can_serve(door: Door) -> None:
+    line = door(*QUICK, "clients=1000", "clients_per_round=1", "client_test=0.2")
+    assert "client_test=0.2" in line
+
+
+def test_no_gpu(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "use device=cpu" in door("device=cuda")
+
+
+def test_an_output_dir_that_is_a_file(door: Door, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    assert "taken" in door("output_dir=taken")
+
+
+# By a real process too.
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [(["strategy=fedyn"], "did you mean 'feddyn'?"), (["strategy.alpha=0"], "greater than 0")],
+)
+def test_a_real_process_ends_with_one_line_and_status_2(
+    tmp_path: Path, overrides: list[str], part: str
+) -> None:
+    command = [sys.executable, "-m", "app.experiment", *overrides, f"output_dir={tmp_path}/runs"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: ") and part in line
+    assert ended.stdout == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_right_runs_through_the_same_door(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*QUICK, "rounds=1", f"output_dir={tmp_path}/runs"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["experiment", *given])
+    experiment.main()
+    (path,) = (tmp_path / "runs").iterdir()
+    out = capsys.readouterr().out
+    assert out.startswith(f"run directory: {path}\n")
+    assert out.rstrip().endswith(f"run directory: {path}")
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"], "it writes nowhere else"
+
+
+def test_the_objective_of_a_search(run: Callable[..., Result]) -> None:
+    summary = run("rounds=1").summary
+    assert experiment.objective_of(summary) == summary["accuracy"]
+    assert experiment.objective_of({"accuracy": None, "loss": 2.0}) == -2.0
