@@ -106,11 +106,11 @@ def evaluate(
     """Evaluate the received model on each client's own samples."""
     rows = []
     for k in clients:
-        _, part = node.samples(k).judged()
+        held_out, part = node.samples(k).judged()
         scores = run.objective.evaluate(down["theta"], down["buffers"], part.x, part.y)
-        rows.append({"samples": len(part.y), **scores})
+        rows.append({"samples": len(part.y), "held_out": int(held_out), **scores})
     report: dict[str, Any] = {"evaluated": clients}
-    for name in rows[0] if rows else ("samples", "loss"):
+    for name in rows[0] if rows else ("samples", "held_out", "loss"):
         report[f"eval_{name}"] = [row[name] for row in rows]
     return report
 

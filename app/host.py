@@ -40,9 +40,9 @@ class Samples:
     train: Split
     test: Split
 
-    def judged(self) -> tuple[str, Split]:
-        """Return the samples that the client evaluates on, and their name."""
-        return ("test", self.test) if len(self.test.y) else ("train", self.train)
+    def judged(self) -> tuple[bool, Split]:
+        """Return whether samples were held out, and those that the client evaluates on."""
+        return (True, self.test) if len(self.test.y) else (False, self.train)
 
 
 @dataclass(frozen=True)

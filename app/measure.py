@@ -33,7 +33,8 @@ def measure(run: Run, metric: str, targets: Sequence[float]) -> dict[str, Any]:
     """
     numbers: dict[str, Any] = {"rounds": int(run.rounds[-1]["round"])}
     if metric == DISTANCE:
-        numbers["final"] = numbers["best"] = distance(run)
+        far = distance(run)
+        numbers["final"] = numbers["best"] = far if np.isfinite(far) else None
     else:
         values = series(run.rounds, metric)[1]
         finite = values[np.isfinite(values)]

@@ -172,7 +172,8 @@ def plan(name: str, size: str, seeds: int | None, extra: Sequence[str] = ()) -> 
             place = json.dumps(str(folder.resolve()), ensure_ascii=False)
             parts = [f"experiment={name}", *study.sizes[size].overrides, *given, *kept]
             parts += [f"seed={seed}", f"name={run}", f"output_dir={place}"]
-            load(parts)
+            if seed == 0:  # the others differ in a number
+                load(parts)
             jobs.append(Job(variant, seed, run, tuple(parts)))
     return Plan(name, study, size, count, tuple(telling), folder, tuple(jobs))
 

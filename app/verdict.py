@@ -29,7 +29,8 @@ class Rule(Model):
     rule : {"rounds", "final", "limit"}
         ``rounds``: the lead reaches ``target`` in fewer rounds; a rival that never
         reaches it is behind a lead that does. ``final``: the lead ends at a better
-        value. ``limit``: leads end at ``within`` or less, rivals at ``beyond`` or more.
+        value; NaN is behind everything. ``limit``: leads end at ``within`` or less,
+        rivals at ``beyond`` or more.
     lead, rivals : list of str
         Variants.
     target, within, beyond : float, optional
@@ -46,7 +47,8 @@ class Rule(Model):
     @model_validator(mode="after")
     def _needs(self) -> Self:
         needed = {"rounds": {"target"}, "final": set(), "limit": {"within", "beyond"}}
-        given = {k for k in ("target", "within", "beyond") if getattr(self, k)}
+        optional = {"target": self.target, "within": self.within, "beyond": self.beyond}
+        given = {key for key, value in optional.items() if value is not None}
         if given != needed[self.rule] or not self.lead or not self.rivals:
             words = ", ".join(["lead", "rivals", *sorted(needed[self.rule])])
             raise ValueError(f"rule {self.rule} takes exactly {words}")

@@ -34,7 +34,7 @@ from strategies.roster import Roster
 from strategies.wire import Refused, ids, numbers, pack, reasons, unpack, weigh
 
 TRAINED = ("samples", "train_loss", "steps", "seconds", "probe")
-EVALUATED = ("eval_samples", "eval_loss")
+EVALUATED = ("eval_samples", "eval_held_out", "eval_loss")
 
 
 @dataclass
@@ -201,6 +201,7 @@ class Federation(Strategy):
         for asked in self._asked.values():
             self.round.failed |= dict.fromkeys(asked, "no reply before the deadline")
         self.round.accepted = sorted(probes)
+        self._enter_failed()
         if not probes:
             log(WARNING, "round %s: no usable reply, the model stays", server_round)
             return None, None
@@ -269,12 +270,34 @@ class Federation(Strategy):
                 "role": role,
             }
         for i, k in enumerate(trained):
-            row = {n: columns[n][i] for n in TRAINED if n != "probe"}
-            rows[k] |= row | {"gradients": row["steps"]}
+            rows[k] |= {
+                "samples": self.roster.samples[k],
+                "train_loss": columns["train_loss"][i],
+                "steps": int(columns["steps"][i]),
+                "gradients": int(columns["steps"][i]),
+                "seconds": columns["seconds"][i],
+            }
         for i, k in enumerate(evaluated):
-            rows[k] |= {n.removeprefix("eval_"): v[i] for n, v in scores.items()}
-            rows[k]["samples"] = self.roster.samples[k]
+            rows[k] |= {
+                "samples": self.roster.samples[k],
+                "split": "test" if scores["eval_held_out"][i] else "train",
+                **{
+                    n: scores[f"eval_{n}"][i]
+                    for n in ("loss", "accuracy")
+                    if f"eval_{n}" in scores
+                },
+            }
         self.round.rows.extend(rows.values())
+
+    def _enter_failed(self) -> None:
+        """Enter why clients were left out, each into its row."""
+        rows = {row["client"]: row for row in self.round.rows}
+        for k, why in sorted(self.round.failed.items()):
+            if k not in rows:
+                node, role = self.roster.hosts.get(k), "train"
+                rows[k] = {"round": self.round.number, "client": k, "node": node, "role": role}
+                self.round.rows.append(rows[k])
+            rows[k]["error"] = why
 
     def _gap(self) -> float | None:
         """Compare the mirrored server vector with the mean of the clients' memories.

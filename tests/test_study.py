@@ -1,0 +1,328 @@
+"""Studies: presets, the runner, the verdict, and the page made of the summaries."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from app import plots, results, study
+from app.config import load, names
+from app.errors import UserError
+from app.experiment import run_local
+from app.plan import plan, read, studies
+from app.records import read_summary
+from app.results import DOCS, page, publish, summarize
+from app.verdict import Rule, judge
+
+#: A run of a preset in a second: one round, few clients, in this process.
+TINY = ("rounds=1", "local.epochs=1", "nodes=1", "processes=0", "device=cpu")
+ROUNDS = Rule(rule="rounds", lead=["dyn"], rivals=["avg"], target=0.9)
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    """Draw no run's own figures: they take most of a tiny run's time."""
+    monkeypatch.setattr(plots, "overview", lambda *_: None)
+    monkeypatch.setattr(plots, "label_map", lambda *_: None)
+
+
+def quiet():
+    return Console(file=io.StringIO())
+
+
+# Presets.
+
+
+def pictures(folder: Path) -> Path:
+    """Write an image folder like CIFAR-10, of noise."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 1)):
+        for label in range(10):
+            place = folder / split / f"class{label}"
+            place.mkdir(parents=True)
+            for number in range(count):
+                noise = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(place / f"{number}.png")
+    return folder
+
+
+def data_of(name: str, tmp_path: Path) -> list[str]:
+    """Return what a preset needs besides its own settings, to run here."""
+    if name == "cifar10":
+        root = pictures(tmp_path / "pictures")
+        return ["data=imagefolder", f"data.root={root}", "clients=4"]
+    if load([f"experiment={name}"]).data.name == "mnist":
+        root = Path(os.environ.get("FEDGRAD_DATA", "data"))
+        if not (root / "MNIST" / "raw").is_dir():
+            pytest.skip(
+                "no MNIST here: FEDGRAD_DATA is the folder that holds MNIST/raw"
+            )
+    return []
+
+
+@pytest.mark.parametrize("name", names("experiment"))
+def test_every_preset_runs_a_round(name, tmp_path):
+    needs = data_of(name, tmp_path)
+    given = [f"experiment={name}", *TINY, "clients_per_round=2", *needs]
+    summary = run_local([*given, f"output_dir={tmp_path}"], [], lambda _: None)
+    assert summary["rounds"] == 1 and summary["loss"] is not None
+    assert summary["failures"] == 0
+
+
+@pytest.mark.parametrize("name", studies())
+def test_every_variant_at_every_size_composes(name):
+    for size, settings in read(name).sizes.items():
+        # Composes one run of each variant: seeds differ in a number.
+        planned = plan(name, size, None)
+        assert len(planned.jobs) == len(read(name).variants) * settings.seeds
+        assert len({job.overrides for job in planned.jobs}) == len(planned.jobs)
+
+
+def test_a_preset_is_no_setting_of_a_run():
+    assert load(["experiment=digits"]).targets == [0.8, 0.9]
+    assert not hasattr(load(["experiment=digits"]), "study")
+
+
+# The runner.
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Return a function that plans a study of two rounds in a temporary folder."""
+
+    def make(*extra, seeds=1):
+        given = [*TINY, "rounds=2", f"output_dir={tmp_path}", *extra]
+        return plan("digits", "quick", seeds, given)
+
+    return make
+
+
+def test_finished_runs_are_not_run_again(small, monkeypatch):
+    planned = small()
+    assert study.run(planned, quiet()) == {}
+    first = planned.folder / planned.jobs[0].name
+    stamps = {p: p.stat().st_mtime_ns for p in planned.folder.rglob("summary.json")}
+    assert len(stamps) == 4
+    (first / "summary.json").unlink()  # as if it had been killed
+    ran = []
+
+    def count(overrides, *rest):
+        ran.append(overrides)
+        return run_local(overrides, *rest)
+
+    monkeypatch.setattr("app.experiment.run_local", count)
+    study.run(planned, quiet())
+    assert len(ran) == 1 and read_summary(first) is not None
+    again = {p: p.stat().st_mtime_ns for p in planned.folder.rglob("summary.json")}
+    assert {p for p in again if again[p] != stamps[p]} == {first / "summary.json"}
+
+
+def test_an_unfinished_run_goes_on_from_its_checkpoint(small):
+    planned = small("checkpoint_every=1", "rounds=3")
+    job = planned.jobs[0]
+
+    def die(record):
+        if record["round"] == 2:
+            raise KeyboardInterrupt
+        return False, {}
+
+    with pytest.raises(KeyboardInterrupt):
+        run_local(job.overrides, [die], lambda _: None)
+    done, overrides = study.settle(job, planned.folder)
+    assert not done and overrides[-1].startswith("resume=")
+    assert run_local(overrides, [], lambda _: None)["rounds"] == 3
+
+
+def test_a_finished_run_of_other_settings_is_kept_aside(small):
+    planned = small()
+    job = planned.jobs[0]
+    run_local([*job.overrides, "local.batch=20"], [], lambda _: None)
+    assert study.settle(job, planned.folder) == (False, job.overrides)
+    assert (planned.folder / "replaced" / f"{job.name}-1" / "summary.json").exists()
+    assert not (planned.folder / job.name).exists()
+
+
+def test_a_failing_variant_is_listed_and_the_rest_go_on(small, monkeypatch, capsys):
+    planned = small()
+
+    def fail(overrides, *rest):
+        if "strategy=scaffold" in overrides:
+            raise ValueError("no luck")
+        return run_local(overrides, *rest)
+
+    monkeypatch.setattr("app.experiment.run_local", fail)
+    words = [*TINY, "rounds=2", f"output_dir={planned.folder.parent.parent}"]
+    assert study.main(["digits", "seeds=1", *words]) == 1
+    told = capsys.readouterr().out
+    assert (
+        "1 of 4 runs failed" in told and "scaffold-seed0: ValueError: no luck" in told
+    )
+    assert "feddyn" in (planned.folder / "study.md").read_text()
+    assert (planned.folder / "study.png").stat().st_size < 150_000
+    assert "no luck" in (planned.folder / "failures.log").read_text()
+
+
+def test_other_settings_are_another_study(small):
+    assert small().folder == small("device=cpu", "threads=2").folder
+    assert small().folder != small("local.batch=20").folder
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["digit"], "did you mean 'digits'"),
+        (["digits", "size=quik"], "did you mean 'quick'"),
+        (["digits", "seeds=none"], "at least 1"),
+        (["digits", "strategy=fedavg"], "the study itself sets strategy"),
+        (["digits", "resume=auto"], "the study itself sets resume"),
+        (["digits", "local.epoch=1"], "local.epoch"),
+        (["digits", "rounds"], "is not key=value"),
+        ([], "which study?"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(words, told, capsys):
+    assert study.main(words) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+def test_the_list_names_every_study(capsys):
+    assert study.main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert studies() and all(name in shown for name in studies())
+
+
+# The verdict.
+
+
+def numbers(rounds=None, final=None):
+    return {"rounds": 60, "rounds_to": {"0.9": rounds}, "final": final}
+
+
+def table(lead, rival, key="rounds"):
+    """Return numbers of two variants, one for each seed."""
+    return {
+        name: {str(seed): numbers(**{key: value}) for seed, value in enumerate(values)}
+        for name, values in (("dyn", lead), ("avg", rival))
+    }
+
+
+@pytest.mark.parametrize(
+    ("lead", "rival", "holds", "count"),
+    [
+        ([15, 16, 18], [30, 31, 35], True, 3),
+        ([15, 16, 18], [None, 31, None], True, 3),
+        ([15, 40, 18], [30, 31, 35], False, 2),
+        ([15, 16, 18], [15, 16, 18], False, 0),
+        ([None, None, None], [None, None, None], False, 0),
+    ],
+)
+def test_fewer_rounds(lead, rival, holds, count):
+    told = judge(ROUNDS, table(lead, rival), [0, 1, 2], "accuracy")
+    assert (told["holds"], told["seeds_for"]) == (holds, count)
+    assert ("does not hold" in told["text"]) is not holds
+
+
+def test_the_sentence_has_the_numbers():
+    told = judge(ROUNDS, table([15, 16, 18], [30, None, None]), [0, 1, 2], "accuracy")
+    assert told["text"] == (
+        "dyn reaches accuracy 0.9 in 16.3 ± 1.5 rounds, avg in 30.0 (1/3) rounds: "
+        "the claim holds in 3 of 3 seeds."
+    )
+    never = judge(ROUNDS, table([9], [None]), [0], "accuracy")["text"]
+    assert "avg not at all within 60 rounds" in never
+
+
+def test_a_missing_run_leaves_the_verdict_open():
+    told = judge(ROUNDS, table([15, 16], [30, 31]), [0, 1, 2], "accuracy")
+    assert told["holds"] is None and "runs of 1 of 3 seeds are missing" in told["text"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "lead", "rival", "holds"),
+    [
+        ("loss", 0.1, 0.2, True),
+        ("loss", 0.2, 0.1, False),
+        ("loss", None, 0.1, False),
+        ("accuracy", 0.9, 0.8, True),
+        ("accuracy", 0.8, 0.9, False),
+        ("accuracy", 0.9, None, True),
+    ],
+)
+def test_a_better_end(metric, lead, rival, holds):
+    rule = Rule(rule="final", lead=["dyn"], rivals=["avg"])
+    told = judge(rule, table([lead], [rival], "final"), [0], metric)
+    assert told["holds"] is holds
+
+
+@pytest.mark.parametrize(
+    ("lead", "rival", "holds"),
+    [(1e-9, 0.1, True), (1e-3, 0.1, False), (1e-9, 1e-5, False)],
+)
+def test_a_limit(lead, rival, holds):
+    rule = Rule(rule="limit", lead=["dyn"], rivals=["avg"], within=1e-6, beyond=1e-2)
+    told = judge(rule, table([lead], [rival], "final"), [0], "distance")
+    assert told["holds"] is holds
+
+
+def test_a_rule_wants_what_it_needs():
+    with pytest.raises(ValueError, match="takes exactly lead, rivals, target"):
+        Rule(rule="rounds", lead=["dyn"], rivals=["avg"])
+
+
+def test_quadratics_end_where_they_should(tmp_path):
+    """The claim in small: FedDyn at the minimizer, FedAvg at its closed-form limit."""
+    extra = [f"output_dir={tmp_path}", "rounds=100", "evaluate_every=50"]
+    planned = plan("quadratics", "quick", 1, extra)
+    for job in planned.jobs:
+        if job.variant in ("fedavg", "feddyn"):
+            run_local(job.overrides, [], lambda _: None)
+    ends = {n: s["0"]["final"] for n, s in summarize(planned)["variants"].items()}
+    # || [sum P_k]^-1 sum P_k A_k^-1 b_k - minimizer || with P_k = I - (I - 0.05 A_k)^5
+    assert ends["fedavg"] == pytest.approx(0.14635235562966775, rel=1e-9)
+    assert ends["feddyn"] < 1e-6
+
+
+# The page.
+
+
+def test_the_page_is_what_the_summaries_say():
+    if not list((DOCS / "results").glob("*.json")):
+        assert not (DOCS / "results.md").exists()
+        pytest.skip("no study has been published")
+    assert (DOCS / "results.md").read_text(encoding="utf-8") == page(DOCS / "results")
+
+
+@pytest.mark.parametrize("file", sorted((DOCS / "results").glob("*.json")), ids=str)
+def test_a_published_verdict_follows_from_its_numbers(file):
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    rule = Rule(**kept["rule"])
+    told = judge(rule, kept["variants"], kept["seeds"], kept["metric"])
+    assert told == kept["verdict"]
+    assert file.with_suffix(".png").stat().st_size < 150_000
+
+
+def test_publishing_keeps_the_numbers_and_makes_the_page(small, tmp_path):
+    planned = small()
+    study.run(planned, quiet())
+    result, docs = summarize(planned), tmp_path / "docs"
+    docs.mkdir()
+    publish(result, planned.folder, docs)
+    kept = json.loads((docs / "results" / "digits.json").read_text())
+    assert kept == json.loads(json.dumps(result)) and str(tmp_path) not in str(kept)
+    text = (docs / "results.md").read_text()
+    assert text == page(docs / "results")
+    assert kept["claim"] in text and kept["verdict"]["text"] in text
+    result["verdict"]["holds"] = None
+    with pytest.raises(UserError, match="runs are missing"):
+        publish(result, planned.folder, docs)
+    (docs / "results" / "digits.json").write_text("{}")
+    with pytest.raises(UserError, match="no summary of a study"):
+        results.page(docs / "results")
