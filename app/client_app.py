@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterator
+from logging import WARNING
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.logger import log
 from torch import Tensor
 
 from app.config import from_run_config, load
 from app.host import Samples, hosted, objective, samples, setting, trainer
 from app.store import ContextStore, DirectoryStore, Store, recall, remember
 from strategies.algorithm import Client, Vectors
+from strategies.engine import Trained, choose, train
 from strategies.federation import probe_direction
-from strategies.local import Mean, Trainer, fault, train
+from strategies.local import Job, Mean, Trainer
 from strategies.wire import pack, unpack
 
 app = ClientApp()
@@ -68,7 +72,7 @@ def _probe(seed: int, size: int) -> Tensor:
 def roll_call(message: Message, context: Context) -> Message:
     """Tell which clients live here, and how many training samples each has."""
     node = Node(context)
-    counts = [len(node.samples(k).train.y) for k in node.ids]
+    counts = [len(node.samples(k).train) for k in node.ids]
     report = MetricRecord({"clients": node.ids, "samples": counts})
     return Message(RecordDict({"hosted": report}), reply_to=message)
 
@@ -103,22 +107,36 @@ def judge(message: Message, context: Context) -> Message:
 def evaluate(
     node: Node, run: Trainer, down: Vectors, clients: list[int]
 ) -> dict[str, Any]:
-    """Evaluate the received model on each client's own samples."""
-    rows = []
-    for k in clients:
-        held_out, part = node.samples(k).judged()
-        scores = run.objective.evaluate(down["theta"], down["buffers"], part.x, part.y)
-        rows.append({"samples": len(part.y), "held_out": int(held_out), **scores})
-    report: dict[str, Any] = {"evaluated": clients}
-    for name in rows[0] if rows else ("samples", "held_out", "loss"):
-        report[f"eval_{name}"] = [row[name] for row in rows]
+    """Evaluate the received model on each client's own samples.
+
+    Clients that share their tensors are judged together, in large batches.
+    """
+    parts = [node.samples(k).judged() for k in clients]
+    report: dict[str, Any] = {
+        "evaluated": clients,
+        "eval_samples": [len(part) for _, part in parts],
+        "eval_held_out": [int(held_out) for held_out, _ in parts],
+        "eval_loss": [],
+    }
+    if not parts:
+        return report
+    shared = parts[0][1]  # a node's clients share their tensors, or it hosts only one
+    index = torch.cat([part.index for _, part in parts])
+    losses, hits = run.objective.scores(
+        down["theta"], down["buffers"], shared.x, shared.y, index
+    )
+    sizes = report["eval_samples"]
+    report["eval_loss"] = [float(v.mean()) for v in torch.split(losses, sizes)]
+    if run.objective.classification:
+        shares = torch.split(hits.to(torch.float64), sizes)
+        report["eval_accuracy"] = [float(v.mean()) for v in shares]
     return report
 
 
 def train_all(
     node: Node, run: Trainer, down: Vectors, order: ConfigRecord, context: Context
 ) -> tuple[Mean, dict[str, Any], dict[str, Any]]:
-    """Train the named clients in turn.
+    """Train the named clients.
 
     Returns
     -------
@@ -130,40 +148,103 @@ def train_all(
         Client id to the reason why it did not.
     """
     round_, keep = cast(int, order["round"]), cast(int, order["keep"])
-    mean_samples = cast(float, order["mean_samples"])
     store = node.store(context, str(order.get("state_dir", "")))
-    mirror = run.algorithm.mirror
-    probe = _probe(run.seed, len(down["theta"])) if mirror else None
-    mean = Mean()
-    faults: dict[str, Any] = {}
-    report: dict[str, list[Any]] = {
-        n: [] for n in ("trained", "samples", "train_loss", "steps", "seconds", "probe")
-    }
-    pairs = zip(
-        cast(list[int], order["train"]), cast(list[int], order["versions"]), strict=True
+    named = dict(
+        zip(
+            cast(list[int], order["train"]),
+            cast(list[int], order["versions"]),
+            strict=True,
+        )
     )
-    for k, version in pairs:
-        began = time.perf_counter()
+    faults: dict[str, Any] = {}
+    jobs = []
+    for k, version in named.items():
         try:
-            part = node.samples(k).train
-            client = Client(k, len(part.y), len(part.y) / mean_samples)
-            fresh = run.algorithm.fresh(down["theta"])
-            memory = recall(store, k, version, fresh)
-            outcome = train(run, down, memory, client, part.x, part.y, round_)
-            if reason := fault(outcome.up, outcome.loss):
-                raise ArithmeticError(reason)
-            remember(store, k, round_, version, keep, outcome.memory)
-        except Exception as error:  # one client's fault must not cost the others theirs
-            faults[str(k)] = f"{type(error).__name__}: {error}"[:300]
-            continue
-        mean.add(outcome.up, run.algorithm.weight(client))
-        report["trained"].append(k)
-        report["samples"].append(client.samples)
-        report["train_loss"].append(outcome.loss)
-        report["steps"].append(outcome.steps)
-        report["seconds"].append(time.perf_counter() - began)
-        value = 0.0
-        if mirror and probe is not None:
-            value = float(outcome.memory[mirror[0]].to("cpu", torch.float64) @ probe)
-        report["probe"].append(value)
-    return mean, report, faults
+            jobs.append(_job(node, run, down, store, k, version, order))
+        except Exception as error:
+            faults[str(k)] = _told(error)
+    device = node.config.torch_device
+    engine = choose(node.config.engine, run.objective, len(jobs), device)
+    mean = Mean()
+    rows: dict[int, tuple[int, float, int, float, float]] = {}
+    for trained in _safely(run, down, jobs, round_, engine, faults):
+        good = []
+        for row, client in enumerate(trained.clients):
+            try:
+                if reason := trained.fault(row):
+                    raise ArithmeticError(reason)
+                memory = {n: m[row] for n, m in trained.memory.items()}
+                remember(store, client.id, round_, named[client.id], keep, memory)
+            except Exception as error:
+                faults[str(client.id)] = _told(error)
+                continue
+            good.append(row)
+            rows[client.id] = (
+                client.samples,
+                float(trained.losses[row]),
+                trained.steps[row],
+                trained.seconds / len(trained.clients),
+                _audit(run, memory),
+            )
+        weights = [run.algorithm.weight(trained.clients[row]) for row in good]
+        if good:
+            mean.add_rows({n: m[good] for n, m in trained.up.items()}, weights)
+    ordered = sorted(rows)
+    columns = list(zip(*(rows[k] for k in ordered), strict=True)) or [()] * 5
+    names = ("samples", "train_loss", "steps", "seconds", "probe")
+    report = {n: list(c) for n, c in zip(names, columns, strict=True)}
+    return mean, {"trained": ordered, "engine": int(engine == "vmap"), **report}, faults
+
+
+def _job(
+    node: Node,
+    run: Trainer,
+    down: Vectors,
+    store: Store,
+    k: int,
+    version: int,
+    order: ConfigRecord,
+) -> Job:
+    """Return client k's training: its facts, its samples, its memory."""
+    part = node.samples(k).train
+    client = Client(k, len(part), len(part) / cast(float, order["mean_samples"]))
+    fresh = run.algorithm.fresh(down["theta"])
+    return Job(client, part, recall(store, k, version, fresh))
+
+
+def _safely(
+    run: Trainer,
+    down: Vectors,
+    jobs: list[Job],
+    round_: int,
+    engine: str,
+    faults: dict[str, Any],
+) -> Iterator[Trained]:
+    """Train, and find out who is at fault if it raises: one must not cost the others theirs."""
+    try:
+        if engine == "vmap":
+            yield from list(train(run, down, jobs, round_, engine))
+            return
+    except Exception as error:
+        log(
+            WARNING,
+            "vectorized training failed (%s); client after client",
+            _told(error),
+        )
+    for job in jobs:
+        try:
+            yield from list(train(run, down, [job], round_))
+        except Exception as error:
+            faults[str(job.client.id)] = _told(error)
+
+
+def _audit(run: Trainer, memory: Vectors) -> float:
+    """Return the product of a memory with the run's audit direction."""
+    if run.algorithm.mirror is None:
+        return 0.0
+    vector = memory[run.algorithm.mirror[0]].to("cpu", torch.float64)
+    return float(vector @ _probe(run.seed, len(vector)))
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]

@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from app.errors import UserError, nearest
+from strategies.engine import Choice
 from strategies.local import Local
 from strategies.wire import DTYPES
 
@@ -120,6 +121,7 @@ class Config(Model):
     runtime: Literal["local", "flower"]
     nodes: Annotated[int, Field(ge=1)]
     processes: Annotated[int, Field(ge=0)] | None
+    engine: Choice
     threads: Annotated[int, Field(ge=1)]
     min_clients: Annotated[int, Field(ge=0)]
     join_timeout: Annotated[float, Field(gt=0)]

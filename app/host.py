@@ -22,9 +22,9 @@ from app.errors import UserError
 from app.images import imagefolder
 from app.layers import noise_shapes
 from app.models import make_model
-from strategies.local import Trainer
+from strategies.local import Part, Trainer
 from strategies.objective import Objective
-from strategies.randomness import generator
+from strategies.randomness import permutations
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class Samples:
 
     Attributes
     ----------
-    train, test : Split
+    train, test : Part
         Its training samples, and those kept for its own evaluation (possibly none).
     """
 
-    train: Split
-    test: Split
+    train: Part
+    test: Part
 
-    def judged(self) -> tuple[bool, Split]:
+    def judged(self) -> tuple[bool, Part]:
         """Return whether samples were held out, and those that the client evaluates on."""
-        return (True, self.test) if len(self.test.y) else (False, self.train)
+        return (True, self.test) if len(self.test) else (False, self.train)
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,10 @@ def split(samples: Split, indices: np.ndarray, config: Config, k: int) -> Sample
             f"client_test={config.client_test}: client {k} has {len(index)} samples, "
             "too few to keep some for training and some for testing"
         )
-    order = torch.randperm(len(index), generator=generator(config.seed, "split", 0, k))
+    order = permutations(config.seed, "split", 0, [k], len(index))[0]
     train, test = index[order[kept:]].sort().values, index[order[:kept]].sort().values
-    return Samples(
-        Split(samples.x[train], samples.y[train]),
-        Split(samples.x[test], samples.y[test]),
-    )
+    x, y = samples.x, samples.y
+    return Samples(Part(x, y, train.to(x.device)), Part(x, y, test.to(x.device)))
 
 
 @functools.lru_cache(maxsize=2)
@@ -189,7 +187,14 @@ def local_samples(path: str, label: str, overrides: tuple[str, ...]) -> Samples:
         dataset = npz(path=str(file), label=label)
     else:
         dataset = imagefolder(root=str(file))
-    return Samples(place(dataset.train, config), place(dataset.test, config))
+    return Samples(
+        whole(place(dataset.train, config)), whole(place(dataset.test, config))
+    )
+
+
+def whole(part: Split) -> Part:
+    """Return all rows of a split."""
+    return Part(part.x, part.y, torch.arange(len(part.y), device=part.y.device))
 
 
 def samples(

@@ -1,4 +1,4 @@
-"""What a study is made of: its description in a preset, and the runs that follow from it.
+"""What a study is made of: its description in a preset, and the runs it asks for.
 
 Every run is composed and checked before the first one starts, so that a mistake in a
 long study shows at once.

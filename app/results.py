@@ -5,10 +5,15 @@ numbers of every run by variant and seed, so that means, table, verdict and page
 made again from it.
 """
 
+import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from PIL import Image
 
 from app import plots, report
 from app.config import CONF, load
@@ -67,16 +72,25 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
             for k, v in common.items()
             if k != "seed" and not k.startswith("strategy.")
         },
-        **{key: last[key] for key in ("date", "machine", "versions")},
+        **{key: last[key] for key in ("date", "versions")},
+        "machine": {**last["machine"], "device": _device(plan)},
         "minutes": round(sum(r["seconds"] for r in runs) / 60, 2),
         "verdict": judge(study.verdict, variants, seeds, study.metric),
         "variants": variants,
     }
     metric = EXCESS if study.metric == DISTANCE else study.metric
-    plots.curves(drawn, metric, "rounds", plan.folder / "study.png", band="std")
+    # Less one standard deviation may be below zero, which a log axis cannot show.
+    band = "range" if study.metric == DISTANCE else "std"
+    plots.curves(drawn, metric, "rounds", plan.folder / "study.png", band=band)
     text = f"# {plan.name}\n\n{body(result, 'study.png')}"
     write_atomic(plan.folder / "study.md", text)
     return result
+
+
+def _device(plan: Plan) -> str:
+    """Return what computes: the GPU by its name, or ``cpu``."""
+    device = load(plan.jobs[0].overrides).torch_device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def publish(result: dict[str, Any], folder: Path, docs: Path = DOCS) -> None:
@@ -92,9 +106,18 @@ def publish(result: dict[str, Any], folder: Path, docs: Path = DOCS) -> None:
     (docs / "results").mkdir(exist_ok=True)
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     write_atomic(docs / "results" / f"{result['study']}.json", text)
-    image = (folder / "study.png").read_bytes()
-    write_atomic(docs / "results" / f"{result['study']}.png", image)
+    write_atomic(docs / "results" / f"{result['study']}.png", _small(folder))
     write_page(docs)
+
+
+def _small(folder: Path) -> bytes:
+    """Return the figure with a palette of 256 colors: a third of its size."""
+    image = io.BytesIO()
+    with Image.open(folder / "study.png") as figure:
+        # By coverage of the color cube: the usual median cut loses rare line colors.
+        palette = figure.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+        palette.save(image, "PNG", optimize=True)
+    return image.getvalue()
 
 
 def write_page(docs: Path = DOCS) -> None:
@@ -133,11 +156,11 @@ def models(table: Table, targets: Sequence[float]) -> list[str]:
             continue
         parts = []
         for model in runs[0]["models"]:
-            spreads = [
-                f"{t:g} in {Spread.of(r['models'][model][f'{t:g}'] for r in runs).text('.1f')}"
-                for t in targets
-            ]
-            parts.append(f"{model} model: {', '.join(spreads)}")
+            found = []
+            for t in targets:
+                spread = Spread.of(r["models"][model][f"{t:g}"] for r in runs)
+                found.append(f"{t:g} in {spread.text('.1f')}")
+            parts.append(f"{model} model {', '.join(found)}")
         reported = runs[0]["reported_model"]
         lines.append(
             f"{name} reports its {reported} model; rounds to target by model: "
@@ -167,8 +190,8 @@ def body(result: Mapping[str, Any], figure: str) -> str:
         f"Fairness: {result['fairness']}\n\n"
         f"Run: size {result['size']}, {many}, "
         f"{' or '.join(map(str, rounds)) or 'no'} rounds; {result['minutes']:.1f} "
-        f"minutes in all on {machine['cores']} cores ({machine['cpu']}), "
-        f"{result['date'][:10]}; {with_}.{lost}"
+        f"minutes of rounds in all, on {machine['device']} with {machine['cores']} "
+        f"cores ({machine['cpu']}), {result['date'][:10]}; {with_}.{lost}"
         f"{f' Further settings: `{given}`.' if given else ''}\n"
     )
 
@@ -195,6 +218,7 @@ def page(folder: Path) -> str:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: is no summary of a study ({error!r}).") from error
         text += f"\n## {name}\n\n{section}"
-        text += f"\nAgain: `python -m app.study {name} size={result['size']} "
-        text += f"seeds={len(result['seeds'])}`\n"
+        words = [name, f"size={result['size']}", f"seeds={len(result['seeds'])}"]
+        again = shlex.join([*words, *result["overrides"]])
+        text += f"\nAgain: `python -m app.study {again}`\n"
     return text

@@ -234,6 +234,7 @@ class Run:
             "server": total - wire,
         }
         record["gradients"] = int(sum(row.get("gradients", 0) for row in told.rows))
+        record["engine"] = "+".join(sorted(told.engines))
         record["strategy"] = federation.norms()
         record["checks"] = {} if told.gap is None else {"memory_gap": told.gap}
         if told.gap is not None and told.gap > 1e-2:

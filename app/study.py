@@ -71,14 +71,15 @@ def _alone(folder: Path) -> Iterator[None]:
     """Hold a study's directory: two processes would remove each other's runs."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: the study is being run there.") from None
-            yield
+        (folder / ".lock").touch()
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}.") from error
+    with open(folder / ".lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: the study is being run there.") from None
+        yield
 
 
 def run(plan: Plan, console: Console) -> dict[str, str]:
@@ -210,6 +211,8 @@ def _study(words: Sequence[str], publishing: bool) -> int:
         console.print(f"{len(failures)} of {len(planned.jobs)} runs failed:")
         for line in listed:
             console.print(f"  {line}")
+    if publishing and (failures or not result):
+        raise UserError(f"{name}: not published, since runs are missing.")
     if publishing and result:
         results.publish(result, planned.folder)
     return 1 if failures else 0

@@ -57,6 +57,8 @@ class Round:
         Relative gap between the mirrored server vector and the mean of the clients' memories.
     busy : float
         Seconds of the node that worked longest.
+    engines : set of str
+        The engines that the nodes chose.
     """
 
     number: int
@@ -68,6 +70,7 @@ class Round:
     up: dict[str, int] = field(default_factory=dict)
     gap: float | None = None
     busy: float = 0.0
+    engines: set[str] = field(default_factory=set)
 
 
 class Federation(Strategy):
@@ -242,6 +245,7 @@ class Federation(Strategy):
         weight = sum(self.algorithm.weight(self.roster.client(k)) for k in trained)
         up: Vectors = {}
         if trained:
+            self.round.engines.add("vmap" if report.get("engine") == 1 else "loop")
             record = reply.content.array_records.get("up", ArrayRecord())
             sizes = dict.fromkeys(self.algorithm.up, len(self._probe))
             sizes["buffers"] = len(self.buffers)
@@ -295,7 +299,12 @@ class Federation(Strategy):
         for k, why in sorted(self.round.failed.items()):
             if k not in rows:
                 node, role = self.roster.hosts.get(k), "train"
-                rows[k] = {"round": self.round.number, "client": k, "node": node, "role": role}
+                rows[k] = {
+                    "round": self.round.number,
+                    "client": k,
+                    "node": node,
+                    "role": role,
+                }
                 self.round.rows.append(rows[k])
             rows[k]["error"] = why
 
@@ -375,6 +384,7 @@ def _add(total: dict[str, int], part: Mapping[str, int]) -> None:
 
 def probe_direction(seed: int, size: int) -> Tensor:
     """Return the run's audit direction: a random unit vector of shape (size,), float64."""
-    vector = torch.randn(size, generator=generator(seed, "audit"), dtype=torch.float64)
+    random = generator(seed, "audit")
+    vector = torch.randn(size, generator=random, dtype=torch.float64)
     norm: Tensor = torch.linalg.vector_norm(vector)
     return vector / norm

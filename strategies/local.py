@@ -1,16 +1,13 @@
-"""Local training: one pure step, and the engine that runs it over the clients of a node.
+"""Local training: how long it is, which samples each step takes, and the pure step itself.
 
-    step:  (theta, anchor, state, batch) -> (theta, state)
+    step:  (theta, anchor, state, gradient) -> (theta, state)
 
-The loop engine runs client after client. A cohort's result is a weighted mean accumulated in
-float64 in a fixed order, so that it does not depend on how clients are spread over nodes beyond
-rounding.
+The engines in `engine.py` run it, one client after another or many at once.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -19,8 +16,8 @@ from annotated_types import Ge
 from torch import Tensor
 
 from strategies.algorithm import Algorithm, Client, Vectors
-from strategies.objective import Batch, Objective
-from strategies.randomness import generator
+from strategies.objective import Objective
+from strategies.randomness import permutations
 from strategies.sgd import SGD
 
 
@@ -33,19 +30,63 @@ class Local:
     epochs : int
         Passes over its data, each in a new order.
     batch : int
-        Samples in a step; 0 takes all of the client's samples. The last batch of an epoch may be
-        smaller.
+        Samples in a step; 0 takes all of the client's samples. The last batch of an epoch
+        may be smaller.
     steps : int
         Exact number of local steps instead of ``epochs``; 0 leaves it to ``epochs``.
     clip : float
-        Largest norm of the data's gradient, over all parameters; 0 does not clip. The terms that
-        an algorithm or weight decay adds are not clipped, so that they stay exact.
+        Largest norm of the data's gradient, over all parameters; 0 does not clip. The terms
+        that an algorithm or weight decay adds are not clipped, so that they stay exact.
     """
 
     epochs: Annotated[int, Ge(1)] = 5
     batch: Annotated[int, Ge(0)] = 10
     steps: Annotated[int, Ge(0)] = 0
     clip: Annotated[float, Ge(0)] = 0.0
+
+    def steps_of(self, samples: int) -> int:
+        """Return the number of local steps of a client with so many samples."""
+        return self.steps or self.epochs * -(-samples // (self.batch or samples))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A client's samples: rows of tensors that all clients of a process share.
+
+    Attributes
+    ----------
+    x, y : Tensor
+        Inputs (N, ...) and targets (N,), on the device where training takes place.
+    index : Tensor
+        The client's rows, int64 of shape (n_k,), on the same device.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        """Return n_k."""
+        return len(self.index)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's local training in a round.
+
+    Attributes
+    ----------
+    client : Client
+        Its facts.
+    part : Part
+        Its training samples.
+    memory : Vectors
+        Its memory, of the version that the server names.
+    """
+
+    client: Client
+    part: Part
+    memory: Vectors
 
 
 @dataclass(frozen=True)
@@ -73,29 +114,6 @@ class Trainer:
     seed: int
 
 
-@dataclass
-class Outcome:
-    """What one client's local training gave.
-
-    Attributes
-    ----------
-    up, memory : Vectors
-        For the server, and for the client's next participation.
-    loss : float
-        Mean training loss over the steps.
-    steps : int
-        Local steps, each with one gradient evaluation.
-    seconds : float
-        Wall time.
-    """
-
-    up: Vectors
-    memory: Vectors
-    loss: float
-    steps: int
-    seconds: float
-
-
 def clip(gradient: Tensor, largest: float) -> Tensor:
     """Scale a gradient (d,) down to the norm ``largest``; 0 leaves it as it is."""
     if not largest:
@@ -114,8 +132,8 @@ def step(
 ) -> tuple[Tensor, tuple[Vectors, Vectors]]:
     """Return theta and state after one local step along one batch's gradient.
 
-    ``state`` is the pair (algorithm's, optimizer's). All arguments are tensors or constants: the
-    step is vectorized over clients by mapping it.
+    ``state`` is the pair (algorithm's, optimizer's). All arguments are tensors or constants:
+    the step is vectorized over clients by mapping it.
     """
     constant, moving = state
     gradient = clip(gradient, trainer.local.clip)
@@ -125,78 +143,34 @@ def step(
 
 
 def orders(
-    local: Local, samples: int, seed: int, round_: int, client: int
-) -> Iterator[Tensor]:
-    """Yield the sample indices of each local step, int64 of shape (B,).
-
-    Every epoch is a new permutation drawn at the address ("batches", round, client).
-    """
-    random = generator(seed, "batches", round_, client)
-    size = local.batch or samples
-    done = 0
-    while True:
-        for part in torch.split(torch.randperm(samples, generator=random), size):
-            yield part
-            done += 1
-            if done == local.steps:
-                return
-        if not local.steps and done == local.epochs * -(-samples // size):
-            return
-
-
-def train(
-    trainer: Trainer,
-    down: Mapping[str, Tensor],
-    memory: Vectors,
-    client: Client,
-    x: Tensor,
-    y: Tensor,
-    round_: int,
-) -> Outcome:
-    """Train one client from what the server sent.
+    local: Local, seed: int, round_: int, clients: Sequence[int], samples: int
+) -> list[Tensor]:
+    """Return which of its samples each client takes in each local step.
 
     Parameters
     ----------
-    trainer : Trainer
-        Algorithm, optimizer, length and objective.
-    down : mapping of str to Tensor
-        ``theta`` of shape (d,), ``buffers`` of shape (b,), and what the algorithm adds.
-    memory : Vectors
-        The client's memory of the version that the server names.
-    client : Client
-        Its facts.
-    x, y : Tensor
-        Its training samples, on the device where training takes place.
-    round_ : int
-        The round, from 1.
+    local : Local
+        The length of local training.
+    seed, round_ : int
+        The address of the draw; every epoch is a new permutation.
+    clients : sequence of int
+        Clients with ``samples`` samples each.
+    samples : int
+        n_k.
 
     Returns
     -------
-    Outcome
-        With ``buffers`` among ``up`` if the model has any.
+    list of Tensor
+        For each step int64 of shape (len(clients), B); the last batch of an epoch may be
+        smaller.
     """
-    began = time.perf_counter()
-    objective, algorithm = trainer.objective, trainer.algorithm
-    anchor = theta = down["theta"]
-    buffers = down["buffers"]
-    state = algorithm.begin(down, memory, client), trainer.optimizer.init(theta)
-    random = generator(trainer.seed, "noise", round_, client.id)
-    losses = []
-    for index in orders(trainer.local, len(y), trainer.seed, round_, client.id):
-        noise = {
-            name: torch.rand(len(index), *shape, generator=random).to(x.device)
-            for name, shape in objective.noise_shapes.items()
-        }
-        index = index.to(x.device)
-        batch = Batch(x[index], y[index], noise)
-        gradient, loss, buffers = objective.gradient(theta, buffers, batch)
-        theta, state = step(trainer, theta, anchor, state, gradient, round_)
-        losses.append(loss)
-    up, memory = algorithm.finish(theta, anchor, state[0], state[1]["effort"])
-    if buffers.numel():
-        up["buffers"] = buffers
-    mean = float(torch.stack(losses).mean())
-    return Outcome(up, memory, mean, len(losses), time.perf_counter() - began)
+    found: list[Tensor] = []
+    total, epoch = local.steps_of(samples), 0
+    while len(found) < total:
+        drawn = permutations(seed, "batches", round_, clients, samples, epoch)
+        found.extend(torch.split(drawn, local.batch or samples, dim=1))
+        epoch += 1
+    return found[:total]
 
 
 @dataclass
@@ -207,20 +181,19 @@ class Mean:
     weight: float = 0.0
 
     def add(self, vectors: Mapping[str, Tensor], weight: float) -> None:
-        """Add vectors with a weight."""
-        for name, vector in vectors.items():
-            term = vector.to(torch.float64) * weight
+        """Add one vector (d,) for each name, with a weight."""
+        rows = {name: vector[None] for name, vector in vectors.items()}
+        self.add_rows(rows, [weight])
+
+    def add_rows(self, rows: Mapping[str, Tensor], weights: Sequence[float]) -> None:
+        """Add rows (n, d) for each name, with a weight each."""
+        for name, matrix in rows.items():
+            scale = torch.tensor(weights, dtype=torch.float64, device=matrix.device)
+            # Not one product of w and the matrix: its order of summation may change with n.
+            term = (scale[:, None] * matrix).sum(0)
             self.sums[name] = self.sums[name] + term if name in self.sums else term
-        self.weight += weight
+        self.weight += sum(weights)
 
     def value(self, dtype: torch.dtype) -> Vectors:
         """Return the mean in the given dtype; empty if nothing was added."""
         return {n: (s / self.weight).to(dtype) for n, s in self.sums.items()}
-
-
-def fault(up: Mapping[str, Tensor], loss: float) -> str:
-    """Say why a client's result must not be used; empty if it may be."""
-    for name, vector in up.items():
-        if not bool(torch.isfinite(vector).all()):
-            return f"{name} is not finite (training diverged)"
-    return "" if loss == loss and abs(loss) != float("inf") else "loss is not finite"

@@ -29,11 +29,14 @@ class Batch:
         Targets, shape (B,): int64 classes, or floats in a regression.
     noise : mapping of str to Tensor
         Uniform numbers for the model's dropout layers, by buffer name, shape (B, ...).
+    weights : Tensor or None
+        Weight of each sample in the mean loss, shape (B,), with sum 1; None weighs alike.
     """
 
     x: Tensor
     y: Tensor
     noise: Mapping[str, Tensor]
+    weights: Tensor | None = None
 
 
 def cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
@@ -102,7 +105,9 @@ class Objective:
             **batch.noise,
         }
         outputs = functional_call(self.module, tensors, (batch.x,))
-        return self.losses(outputs, batch.y).mean(), after.detach()
+        losses = self.losses(outputs, batch.y)
+        loss = losses.mean() if batch.weights is None else batch.weights @ losses
+        return loss, after.detach()
 
     def gradient(
         self, theta: Tensor, buffers: Tensor, batch: Batch
@@ -114,24 +119,59 @@ class Objective:
         return gradient, loss.detach(), buffers
 
     @torch.no_grad()
-    def evaluate(
-        self, theta: Tensor, buffers: Tensor, x: Tensor, y: Tensor, batch: int = 4096
-    ) -> dict[str, float]:
-        """Return the mean loss, and the accuracy of a classification, in evaluation mode."""
+    def scores(
+        self,
+        theta: Tensor,
+        buffers: Tensor,
+        x: Tensor,
+        y: Tensor,
+        index: Tensor | None = None,
+        batch: int = 4096,
+    ) -> tuple[Tensor, Tensor]:
+        """Judge samples one by one in evaluation mode, in large batches.
+
+        Parameters
+        ----------
+        theta, buffers : Tensor
+            The model.
+        x, y : Tensor
+            Samples (N, ...) and targets (N,).
+        index : Tensor, optional
+            The rows to judge, in this order; all of them by default.
+        batch : int
+            Samples in a batch, which bounds the memory.
+
+        Returns
+        -------
+        losses : Tensor
+            float64, one for each row.
+        hits : Tensor
+            Whether the largest logit is the target's; empty in a regression.
+        """
         self.module.eval()
         tensors = {
             **self.layout.unflatten(theta),
             **self.buffer_layout.unflatten(buffers),
         }
-        loss, hits = 0.0, 0
-        for part, target in zip(
-            torch.split(x, batch), torch.split(y, batch), strict=True
-        ):
+        losses, hits = [], []
+        for start in range(0, len(y) if index is None else len(index), batch):
+            if index is None:
+                part, target = x[start : start + batch], y[start : start + batch]
+            else:
+                rows = index[start : start + batch]
+                part, target = x.index_select(0, rows), y.index_select(0, rows)
             outputs = functional_call(self.module, tensors, (part,))
-            loss += float(self.losses(outputs, target).sum(dtype=torch.float64))
+            losses.append(self.losses(outputs, target).to(torch.float64))
             if self.classification:
-                hits += int((outputs.argmax(-1) == target).sum())
-        metrics = {"loss": loss / len(y)}
+                hits.append(outputs.argmax(-1) == target)
+        return torch.cat(losses), torch.cat(hits) if hits else torch.zeros(0)
+
+    def evaluate(
+        self, theta: Tensor, buffers: Tensor, x: Tensor, y: Tensor
+    ) -> dict[str, float]:
+        """Return the mean loss, and the accuracy of a classification."""
+        losses, hits = self.scores(theta, buffers, x, y)
+        metrics = {"loss": float(losses.mean())}
         if self.classification:
-            metrics["accuracy"] = hits / len(y)
+            metrics["accuracy"] = float(hits.to(torch.float64).mean())
         return metrics

@@ -74,7 +74,7 @@ def found(path: Path, summary: dict[str, Any], lines: Sequence[str] = ()) -> Res
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """The main process computes as a worker does."""
+    """Compute in the main process as a worker does."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -88,7 +88,7 @@ def grid_of(overrides: Sequence[str], nodes: int) -> LocalGrid:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """A function of overrides (after those of QUICK) that runs them in this process.
+    """Give a function that runs overrides, after those of QUICK, in this process.
 
     ``callbacks`` go to the run. ``grid``, a function of the overrides, makes the grid instead of
     the local runtime; ``edit`` sees the `Run` before it starts. No plots are drawn: a run then

@@ -17,7 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app import experiment
-from app.config import FIRST_CLASS, GROUPS, Config, from_run_config, load, names, to_run_config
+from app.config import (
+    FIRST_CLASS,
+    GROUPS,
+    Config,
+    from_run_config,
+    load,
+    names,
+    to_run_config,
+)
 from app.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +33,7 @@ Door = Callable[..., str]
 
 
 def run_config() -> dict[str, Any]:
-    """The [tool.flwr.app.config] of pyproject.toml."""
+    """Return the [tool.flwr.app.config] of pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     table: dict[str, Any] = project["tool"]["flwr"]["app"]["config"]
     return table
@@ -39,7 +47,12 @@ def test_flowers_keys_and_defaults_are_hydras() -> None:
     assert flower.pop("overrides") == ""
     assert tuple(flower) == FIRST_CLASS
     hydra = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())
-    choices = {k: v for entry in hydra["defaults"] if entry != "_self_" for k, v in entry.items()}
+    choices = {
+        k: v
+        for entry in hydra["defaults"]
+        if entry != "_self_"
+        for k, v in entry.items()
+    }
     for key, value in flower.items():
         assert value == (choices | hydra)[key], key
     assert from_run_config(run_config()) == []
@@ -72,18 +85,19 @@ def test_any_overrides_survive_the_run_config(overrides: list[str]) -> None:
 
 #: Any letters; ``$`` would begin an interpolation, as everywhere in a configuration.
 PATHS = st.text(
-    st.characters(min_codepoint=32, max_codepoint=0x2FF, exclude_characters="$"), min_size=1
+    st.characters(min_codepoint=32, max_codepoint=0x2FF, exclude_characters="$"),
+    min_size=1,
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(PATHS)
 def test_any_output_dir_of_the_run_config_arrives(text: str) -> None:
     config = load(from_run_config({**run_config(), "output_dir": text}))
     assert config.output_dir == text
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(
     st.fixed_dictionaries(
         {
@@ -149,7 +163,10 @@ def door(
     ("overrides", "parts"),
     [
         # A name that is not there, with the nearest one.
-        (["strategy=fedyn"], ["no strategy is called 'fedyn'", "'feddyn'?", "scaffold"]),
+        (
+            ["strategy=fedyn"],
+            ["no strategy is called 'fedyn'", "'feddyn'?", "scaffold"],
+        ),
         (["data=minst"], ["no data is called 'minst'", "'mnist'?"]),
         (["model=mpl"], ["no model is called 'mpl'", "'mlp'?"]),
         (["partition=dirichle"], ["no partition is called", "'dirichlet'?"]),
@@ -158,13 +175,19 @@ def door(
         (["experiment=nothing"], ["experiment", "nothing"]),
         # A key that is not there.
         (["round=3"], ["no setting is called 'round'", "'rounds'?"]),
-        (["strategy.alhpa=1"], ["no setting is called 'strategy.alhpa'", "'strategy.alpha'?"]),
+        (
+            ["strategy.alhpa=1"],
+            ["no setting is called 'strategy.alhpa'", "'strategy.alpha'?"],
+        ),
         (["local.epoch=1"], ["no setting is called 'local.epoch'", "'local.epochs'?"]),
         (["+local.foo=1"], ["no setting is called 'local.foo'", "epochs"]),
         (["+strategy.foo=1"], ["strategy.foo", "no such setting", "alpha"]),
         (["+stop.foo=1"], ["stop.foo"]),
         (["+foo=1"], ["foo"]),
-        (["strategy=fedavg", "strategy.alpha=1"], ["no setting is called 'strategy.alpha'"]),
+        (
+            ["strategy=fedavg", "strategy.alpha=1"],
+            ["no setting is called 'strategy.alpha'"],
+        ),
         # A value that cannot be.
         (["strategy.alpha=0"], ["strategy.alpha=0", "greater than 0"]),
         (["strategy.alpha=-1"], ["strategy.alpha=-1", "greater than 0"]),
@@ -223,7 +246,9 @@ def door(
         (["strategy._target_=strategies.sgd.SGD"], ["strategy"]),
         (["strategy._target_=app.data.os.system"], ["app.data.os.system"]),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
+    ids=lambda value: (
+        " ".join(value) if isinstance(value, list) and "=" in value[0] else ""
+    ),
 )
 def test_a_mistake_is_told_in_one_line(
     door: Door, overrides: list[str], parts: list[str]
@@ -246,7 +271,9 @@ def test_a_corrupt_file(door: Door, tmp_path: Path, text: bytes) -> None:
 
 
 def test_a_label_column_that_does_not_exist(door: Door, tmp_path: Path) -> None:
-    np.savez(tmp_path / "d.npz", x=np.zeros((9, 2), np.float32), target=np.arange(9) % 2)
+    np.savez(
+        tmp_path / "d.npz", x=np.zeros((9, 2), np.float32), target=np.arange(9) % 2
+    )
     line = door("data=npz", "data.path=d.npz")
     assert "'y'" in line and "target" in line
     line = door("data=npz", "data.path=d.npz", "data.label=targt")
@@ -277,13 +304,24 @@ def test_an_output_dir_that_is_a_file(door: Door, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "part"),
-    [(["strategy=fedyn"], "did you mean 'feddyn'?"), (["strategy.alpha=0"], "greater than 0")],
+    [
+        (["strategy=fedyn"], "did you mean 'feddyn'?"),
+        (["strategy.alpha=0"], "greater than 0"),
+    ],
 )
 def test_a_real_process_ends_with_one_line_and_status_2(
     tmp_path: Path, overrides: list[str], part: str
 ) -> None:
-    command = [sys.executable, "-m", "app.experiment", *overrides, f"output_dir={tmp_path}/runs"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    command = [
+        sys.executable,
+        "-m",
+        "app.experiment",
+        *overrides,
+        f"output_dir={tmp_path}/runs",
+    ]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: ") and part in line

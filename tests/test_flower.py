@@ -74,7 +74,7 @@ def end(home: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The FLWR_HOME of this module's SuperLink, which the first `flwr run` starts."""
+    """Give the FLWR_HOME of this module's SuperLink: the first `flwr run` starts it."""
     path = tmp_path_factory.mktemp("flower")
     http, control = free_ports(2)
     environment = {
@@ -164,7 +164,9 @@ def test_plain_flwr_run(home: Path, run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_plain_flwr_run_tells_a_mistake_in_one_line(home: Path) -> None:
-    ended = flwr("--run-config", "strategy='fedyn'", "--federation-config", "num-supernodes=2")
+    ended = flwr(
+        "--run-config", "strategy='fedyn'", "--federation-config", "num-supernodes=2"
+    )
     told = (ended.stdout + ended.stderr).splitlines()
     errors = [line for line in told if "error: " in line]
     assert len(errors) == 1, "\n".join(told)

@@ -130,7 +130,9 @@ def test_the_order_of_nodes_does_not_matter(run: Door) -> None:
     close(*equal_but_nodes)
 
 
-@pytest.mark.parametrize("text", ["a", "1;2", "3-", "-3", "5-x", "", "1,,2", "12", "0-12", "9-8"])
+@pytest.mark.parametrize(
+    "text", ["a", "1;2", "3-", "-3", "5-x", "", "1,,2", "12", "0-12", "9-8"]
+)
 def test_clients_that_a_node_cannot_host(text: str) -> None:
     with pytest.raises(UserError, match="node config"):
         hosted({"clients": text}, 12)
@@ -255,7 +257,9 @@ def test_held_out_clients_are_evaluated_and_never_trained(run: Door) -> None:
     assert "holdout_accuracy_mean" in result.summary["clients"]
 
 
-def test_held_out_clients_do_not_change_their_own_number_of_training_rounds(run: Door) -> None:
+def test_held_out_clients_do_not_change_their_own_number_of_training_rounds(
+    run: Door,
+) -> None:
     silent = run("holdout_clients=3", "evaluate_clients=none")
     heard = run("holdout_clients=3", "evaluate_clients=all")
     assert torch.equal(silent.theta, heard.theta)
@@ -285,24 +289,21 @@ def test_the_cohort_alone_evaluates(run: Door) -> None:
 
 
 def test_clients_keep_some_samples_for_their_own_test(run: Door) -> None:
-    given = [*QUICK, "client_test=0.25"]
-    held = setting(tuple(given))
-    for k in range(6):
-        part = held.samples(k)
-        assert len(part.test) == round(0.25 * len(held.parts[k]))
-        assert len(part.train) + len(part.test) == len(held.parts[k])
-        both = torch.cat([part.train.x, part.test.x])
-        whole = held.dataset.train.x[torch.from_numpy(held.parts[k])]
-        assert torch.equal(both.sum(0), whole.sum(0)) or torch.allclose(both.sum(0), whole.sum(0))
-    result = run("client_test=0.25", "evaluate_clients=all")
-    first = [r for r in rows(result) if r["round"] == "1"]
-    goal = objective(load(given), held.dataset)
-    theta, buffers = goal.initial()
-    for row in first:
-        part = held.samples(int(row["client"])).test
-        scores = goal.evaluate(theta, buffers, part.x, part.y)
-        assert float(row["accuracy"]) == pytest.approx(scores["accuracy"])
-        assert int(float(row["samples"])) == len(held.samples(int(row["client"])).train)
+    result = run("client_test=0.25")
+    sizes = [len(part) for part in setting(QUICK).parts]
+    kept = [round(0.25 * n) for n in sizes]
+    judged = [r for r in rows(result) if r["round"] == "1"]
+    assert [int(r["client"]) for r in judged] == list(range(6))
+    for row in judged:
+        k = int(row["client"])
+        assert row["split"] == "test"
+        assert int(float(row["samples"])) == sizes[k] - kept[k]
+        hits = float(row["accuracy"]) * kept[k]
+        assert hits == pytest.approx(round(hits), abs=1e-4)
+    # What is kept is not trained on.
+    whole = run("client_test=0")
+    assert result.records[1]["gradients"] < whole.records[1]["gradients"]
+    assert {r["split"] for r in rows(whole) if r["round"] == "1"} == {"train"}
 
 
 # Callbacks.
@@ -335,7 +336,10 @@ def test_a_callback_stops_and_adds_metrics(run: Door) -> None:
 
     result = run("rounds=9", callbacks=[second])
     assert result.summary["status"] == "stopped"
-    assert [r["callbacks"] for r in result.records[1:]] == [{"seen": 1.0}, {"seen": 2.0}]
+    assert [r["callbacks"] for r in result.records[1:]] == [
+        {"seen": 1.0},
+        {"seen": 2.0},
+    ]
 
 
 # Interrupted.
@@ -378,15 +382,17 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     assert not (half / "summary.json").exists()
     resumed = run(*given, f"resume={half}")
     assert resumed.path == half
-    straight = run(*given, "name=full")
+    straight = run(*given, "name=full", callbacks=[die(0)])
     equal(resumed, straight)
     plain = [{k: v for k, v in r.items() if k != "seconds"} for r in rows(resumed)]
-    assert plain == [{k: v for k, v in r.items() if k != "seconds"} for r in rows(straight)]
+    assert plain == [
+        {k: v for k, v in r.items() if k != "seconds"} for r in rows(straight)
+    ]
 
 
 def test_resume_auto_finds_the_unfinished_run(run: Door, tmp_path: Path) -> None:
     given = ("rounds=4", "checkpoint_every=1")
-    done = run(*given, "name=full")
+    done = run(*given, "name=full", callbacks=[die(0)])
     with pytest.raises(Killed):
         run(*given, "name=half", callbacks=[die(3)])
     resumed = run(*given, "resume=auto")
@@ -402,7 +408,9 @@ def test_a_torn_checkpoint_is_passed_over(run: Door, tmp_path: Path) -> None:
         run(*given, "name=half", callbacks=[die(5)])
     last = max((tmp_path / "runs" / "half" / "checkpoints").iterdir())
     last.write_bytes(last.read_bytes()[:100])
-    equal(run(*given, "resume=auto"), run(*given, "name=full"))
+    resumed = run(*given, "resume=auto")
+    assert resumed.summary["failures"] == 0
+    equal(resumed, run(*given, "name=full", callbacks=[die(0)]))
 
 
 def test_a_finished_run_can_be_made_longer(run: Door) -> None:
@@ -416,13 +424,20 @@ def test_other_settings_cannot_be_resumed(run: Door, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run(*given, "name=half", callbacks=[die(3)])
     before = sorted(p.name for p in (tmp_path / "runs").rglob("*"))
-    for other in ("seed=1", "strategy.alpha=0.5", "optimizer.lr=0.2", "strategy=fedavg"):
+    for other in (
+        "seed=1",
+        "strategy.alpha=0.5",
+        "optimizer.lr=0.2",
+        "strategy=fedavg",
+    ):
         with pytest.raises(UserError, match="other settings"):
             run(*given, f"resume={tmp_path}/runs/half", other)
     assert sorted(p.name for p in (tmp_path / "runs").rglob("*")) == before
 
 
-def test_without_a_checkpoint_there_is_nothing_to_resume(run: Door, tmp_path: Path) -> None:
+def test_without_a_checkpoint_there_is_nothing_to_resume(
+    run: Door, tmp_path: Path
+) -> None:
     with pytest.raises(Killed):
         run("name=half", callbacks=[die(2)])
     with pytest.raises(UserError, match="checkpoint_every"):
@@ -470,8 +485,10 @@ def test_a_node_with_data_of_its_own(run: Door, tmp_path: Path) -> None:
         for k in (0, 1)
     ]
     result = run(grid=named(*own, {"clients": "2-5"}), edit=None)
-    assert torch.equal(run(grid=named({"clients": "0"}, {"clients": "1"}, {"clients": "2-5"})).theta,
-                       result.theta)
+    assert torch.equal(
+        run(grid=named({"clients": "0"}, {"clients": "1"}, {"clients": "2-5"})).theta,
+        result.theta,
+    )
     smaller = tmp_path / "0.npz"
     index = torch.from_numpy(parts[0][:40])
     x, y = whole.x[index].numpy(), whole.y[index].numpy()
@@ -515,7 +532,9 @@ def test_the_model_has_the_modules_names(run: Door) -> None:
     goal.module.eval()
     with torch.no_grad():
         hits = (goal.module(test.x).argmax(-1) == test.y).double().mean()
-    assert float(hits) == pytest.approx(result.records[-1]["models"]["server"]["accuracy"])
+    assert float(hits) == pytest.approx(
+        result.records[-1]["models"]["server"]["accuracy"]
+    )
 
 
 def test_the_composed_settings_are_kept(run: Door) -> None:
@@ -535,7 +554,9 @@ def test_the_composed_settings_are_kept(run: Door) -> None:
     ],
     ids=lambda v: v[0] if isinstance(v, tuple) else "",
 )
-def test_bytes_are_counted(run: Door, given: tuple[str, ...], model: int, state: int) -> None:
+def test_bytes_are_counted(
+    run: Door, given: tuple[str, ...], model: int, state: int
+) -> None:
     result = run(*given, "nodes=6", "evaluate_clients=none", "clients_per_round=4")
     d = 64 * 8 + 8 + 8 * 10 + 10
     header = 128  # of a numpy array
@@ -550,7 +571,10 @@ def test_bytes_are_counted(run: Door, given: tuple[str, ...], model: int, state:
 
 
 def test_one_message_for_a_node_whatever_it_hosts(run: Door) -> None:
-    one, six = (run("nodes=1", "clients_per_round=6"), run("nodes=6", "clients_per_round=6"))
+    one, six = (
+        run("nodes=1", "clients_per_round=6"),
+        run("nodes=6", "clients_per_round=6"),
+    )
     for a, b in zip(one.records[1:], six.records[1:], strict=True):
         assert 6 * a["bytes"]["up"]["model"] == b["bytes"]["up"]["model"]
     assert one.records[1]["gradients"] == six.records[1]["gradients"] > 0
@@ -566,7 +590,13 @@ def test_zero_rounds_leave_the_initial_model(run: Door) -> None:
 
 
 def test_a_dead_worker_costs_a_round_and_no_more(tmp_path: Path) -> None:
-    given = [*QUICK, "processes=2", "rounds=4", f"output_dir={tmp_path}", "client_memory=directory"]
+    given = [
+        *QUICK,
+        "processes=2",
+        "rounds=4",
+        f"output_dir={tmp_path}",
+        "client_memory=directory",
+    ]
     seen: list[Mapping[str, Any]] = []
 
     def kill(record: Mapping[str, Any]) -> tuple[bool, dict[str, float]]:

@@ -1,0 +1,220 @@
+"""The vectorized engine gives the loop's numbers, for every algorithm, ragged or not."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import nn
+
+from app.layers import Dropout, noise_shapes, probe
+from strategies.algorithm import Algorithm, Client
+from strategies.engine import Trained, choose, train
+from strategies.fedavg import FedAvg
+from strategies.feddyn import FedDyn
+from strategies.fedprox import FedProx
+from strategies.local import Job, Local, Part, Trainer, orders
+from strategies.objective import Objective
+from strategies.randomness import address, permutations, uniforms, words
+from strategies.scaffold import Scaffold
+from strategies.sgd import SGD
+
+SIZES = [13, 4, 20, 13, 1, 7]
+ALGORITHMS = [
+    FedAvg(),
+    FedProx(mu=0.3),
+    Scaffold(),
+    FedDyn(alpha=0.2),
+    FedDyn(alpha=0.2, weighting="samples", mean_of_all=True),
+]
+
+
+def model(dropout: float, dtype: torch.dtype) -> Objective:
+    layers: list[nn.Module] = [nn.Linear(6, 8)]
+    if dropout:
+        layers.append(Dropout(dropout))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module = nn.Sequential(*layers, nn.Tanh(), nn.Linear(8, 3)).to(torch.float32)
+        for layer in module:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight)
+    probe(module, (6,))
+    return Objective(module.to(dtype), "cross_entropy", noise_shapes(module))
+
+
+def jobs(trainer: Trainer, sizes: Sequence[int]) -> list[Job]:
+    random = torch.Generator().manual_seed(0)
+    dtype, total = trainer.objective.dtype, sum(sizes)
+    x = torch.randn(total, 6, generator=random, dtype=torch.float64).to(dtype)
+    y = torch.randint(0, 3, (total,), generator=random)
+    rows = torch.randperm(total, generator=random)
+    theta, _ = trainer.objective.initial()
+    found = []
+    for k, index in enumerate(torch.split(rows, list(sizes))):
+        memory = {
+            name: torch.randn(len(vector), generator=random, dtype=torch.float64).to(
+                dtype
+            )
+            for name, vector in trainer.algorithm.fresh(theta).items()
+        }
+        found.append(
+            Job(Client(k, len(index), len(index) / 5), Part(x, y, index), memory)
+        )
+    return found
+
+
+def both(trainer: Trainer, sizes: Sequence[int]) -> tuple[list[Trained], list[Trained]]:
+    theta, buffers = trainer.objective.initial()
+    server = trainer.algorithm.start(theta)
+    down = {n: v + 0.1 for n, v in trainer.algorithm.down(server).items()}
+    down["buffers"] = buffers
+    work = jobs(trainer, sizes)
+    loop, vmap = (list(train(trainer, down, work, 3, e)) for e in ("loop", "vmap"))
+    return loop, vmap
+
+
+def compare(loop: list[Trained], vmap: list[Trained], atol: float) -> None:
+    by_client = {t.clients[0].id: t for t in loop}
+    seen = set()
+    for chunk in vmap:
+        for row, client in enumerate(chunk.clients):
+            seen.add(client.id)
+            alone = by_client[client.id]
+            assert chunk.steps[row] == alone.steps[0]
+            for name in ("up", "memory"):
+                expected, actual = getattr(alone, name), getattr(chunk, name)
+                assert expected.keys() == actual.keys()
+                for key, vectors in expected.items():
+                    torch.testing.assert_close(
+                        actual[key][row], vectors[0], rtol=0, atol=atol
+                    )
+            torch.testing.assert_close(
+                chunk.losses[row], alone.losses[0], rtol=0, atol=atol
+            )
+    assert seen == by_client.keys()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("optimizer", "local"),
+    [
+        (SGD(lr=0.1), Local(epochs=2, batch=4)),
+        (
+            SGD(lr=0.05, momentum=0.9, weight_decay=0.1),
+            Local(epochs=1, batch=5, clip=0.2),
+        ),
+        (SGD(lr=0.1, lr_decay=0.5), Local(batch=0, steps=3)),
+    ],
+    ids=["plain", "momentum", "full batch"],
+)
+def test_engines_agree(
+    algorithm: Algorithm, dropout: float, optimizer: SGD, local: Local
+) -> None:
+    objective = model(dropout, torch.float64)
+    trainer = Trainer(algorithm, optimizer, local, objective, seed=5)
+    compare(*both(trainer, SIZES), atol=1e-12)
+
+
+def test_engines_agree_in_float32() -> None:
+    objective = model(0.3, torch.float32)
+    trainer = Trainer(Scaffold(), SGD(0.1), Local(3, 4), objective, seed=5)
+    compare(*both(trainer, SIZES), atol=1e-5)
+
+
+def test_engines_agree_when_a_cohort_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("strategies.engine.ROOM", {"cpu": 1})
+    objective = model(0.0, torch.float64)
+    trainer = Trainer(FedDyn(), SGD(0.1), Local(2, 4), objective, seed=5)
+    loop, vmap = both(trainer, SIZES)
+    assert [len(t.clients) for t in vmap] == [2, 2, 2]
+    compare(loop, vmap, atol=1e-12)
+
+
+def test_training_depends_on_what_it_should() -> None:
+    """The comparison above could not fail if training did nothing."""
+    objective = model(0.0, torch.float64)
+
+    def deltas(round_: int, seed: int, optimizer: SGD) -> torch.Tensor:
+        trainer = Trainer(FedAvg(), optimizer, Local(1, 4), objective, seed)
+        theta, buffers = objective.initial()
+        down = {"theta": theta, "buffers": buffers}
+        return torch.cat(
+            [t.up["delta"] for t in train(trainer, down, jobs(trainer, SIZES), round_)]
+        )
+
+    base = deltas(1, 0, SGD(0.1))
+    assert torch.equal(base, deltas(1, 0, SGD(0.1)))
+    changed: list[Callable[[], torch.Tensor]] = [
+        lambda: deltas(2, 0, SGD(0.1)),
+        lambda: deltas(1, 1, SGD(0.1)),
+        lambda: deltas(1, 0, SGD(0.2)),
+    ]
+    for other in changed:
+        assert not torch.allclose(base, other())
+
+
+def test_the_choice_is_a_rule() -> None:
+    small, cpu = model(0.0, torch.float32), torch.device("cpu")
+    assert choose("auto", small, 10, cpu) == "vmap"
+    assert choose("auto", small, 1, cpu) == "loop"
+    assert choose("loop", small, 10, cpu) == "loop"
+    large = Objective(nn.Linear(784, 1000), "cross_entropy", {})
+    assert choose("auto", large, 10, cpu) == "loop"
+    assert choose("auto", large, 10, torch.device("cuda")) == "vmap"
+    normed = Objective(
+        nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "cross_entropy", {}
+    )
+    assert choose("auto", normed, 10, cpu) == "loop"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch", "steps"), [(2, 4, 0), (1, 0, 0), (1, 4, 7)]
+)
+def test_every_epoch_takes_every_sample_once(
+    epochs: int, batch: int, steps: int
+) -> None:
+    local = Local(epochs, batch, steps)
+    drawn = orders(local, 0, 1, [3, 9], 10)
+    assert len(drawn) == local.steps_of(10) == (steps or epochs * (3 if batch else 1))
+    per_epoch = 3 if batch else 1
+    for row in range(2):
+        first = torch.cat([d[row] for d in drawn[:per_epoch]])
+        assert sorted(first.tolist()) == list(range(10))
+    if len(drawn) > per_epoch:
+        assert not torch.equal(drawn[0], drawn[per_epoch])
+
+
+def test_draws_belong_to_their_address() -> None:
+    both_clients = permutations(1, "batches", 4, [7, 8], 30)
+    alone = permutations(1, "batches", 4, [8], 30)
+    assert torch.equal(both_clients[1], alone[0])
+    assert not torch.equal(both_clients[0], alone[0])
+    assert torch.equal(
+        uniforms(1, "noise", 2, [5], 10, 20),
+        uniforms(1, "noise", 2, [5], 0, 30)[:, 10:],
+    )
+    keys = {
+        address(s, p, r, k)
+        for s in (0, 1)
+        for p in "ab"
+        for r in (0, 1)
+        for k in (0, 1)
+    }
+    assert len(keys) == 16
+
+
+def test_draws_are_uniform() -> None:
+    numbers = uniforms(0, "noise", 1, range(50), 0, 4000).double()
+    assert float(numbers.min()) >= 0 and float(numbers.max()) < 1
+    # Standard errors: 0.29/sqrt(200000) for the mean, 1/sqrt(200000) for a correlation.
+    assert abs(float(numbers.mean()) - 0.5) < 4 * 0.29 / 200_000**0.5
+    centered = numbers - 0.5
+    neighbours = float((centered[:, 1:] * centered[:, :-1]).mean()) * 12
+    across = float((centered[1:] * centered[:-1]).mean()) * 12
+    assert abs(neighbours) < 4 / 200_000**0.5 and abs(across) < 4 / 200_000**0.5
+    bits = words(0, "bits", 1, [0], 0, 4096)[0]
+    ones = sum(int(b).bit_count() for b in bits)
+    assert abs(ones - 4096 * 32) < 4 * (4096 * 64) ** 0.5 / 2
