@@ -15,7 +15,7 @@ import inspect
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -185,9 +185,11 @@ def bind(kind: str, group: Group, given: Sequence[str] = ()) -> Callable[..., An
         If a setting is unknown, missing, of the wrong type or out of bounds.
     """
     target = resolve(group)
-    parameters = inspect.signature(target, eval_str=True).parameters
+    parameters = inspect.signature(target).parameters
+    # Resolved where each was written: a field may be inherited from another module.
+    hints = get_type_hints(target, include_extras=True)
     fields: dict[str, Any] = {
-        name: (p.annotation, ... if p.default is p.empty else p.default)
+        name: (hints[name], ... if p.default is p.empty else p.default)
         for name, p in parameters.items()
         if name not in given
     }
@@ -282,6 +284,8 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
             ) from None
     for override in parsed:
         key, value = override.key_or_group, override.value()
+        if key.partition(".")[0] == "study":
+            raise UserError(f"'{key}' describes a study; it is no setting of a run")
         if key in GROUPS and isinstance(value, str) and value not in names(key):
             raise UserError(
                 f"no {key} is called '{value}'; {nearest(value, names(key))}"
@@ -324,7 +328,7 @@ def _keys(config: Any, prefix: str = "") -> set[str]:
     for key in config:
         name = f"{prefix}{key}"
         found.add(name)
-        if OmegaConf.is_dict(config._get_node(key)) and not config._is_missing(key):
+        if not OmegaConf.is_missing(config, key) and OmegaConf.is_dict(config[key]):
             found |= _keys(config[key], f"{name}.")
     return {k for k in found if not k.endswith("_target_")}
 

@@ -82,9 +82,8 @@ class Tampered(LocalGrid):
         for reply in replies:
             message = sent[reply.metadata.src_node_id]
             records = message.content.config_records
-            order = (
-                records["order"] if "order" in records else {"round": 0, "train": []}
-            )
+            nobody = ConfigRecord({"round": 0, "train": []})
+            order = records.get("order", nobody)
             hit = any((order["round"], k) in self.when for k in order["train"])
             arrived += self.tamper(message, reply) if hit else [reply]
         return arrived
