@@ -21,7 +21,7 @@ FORMAT = 1
 KEEP = 2
 
 
-def save(folder: Path, round_: int, vectors: Vectors, rest: dict[str, Any]) -> None:
+def save(folder: Path, round_: int, vectors: Vectors, rest: dict[str, Any]) -> int:
     """Write the checkpoint of a round and drop all but the last two.
 
     Parameters
@@ -34,6 +34,11 @@ def save(folder: Path, round_: int, vectors: Vectors, rest: dict[str, Any]) -> N
         The server's vectors.
     rest : dict
         What else the strategy needs to continue; JSON.
+
+    Returns
+    -------
+    int
+        The round of the oldest checkpoint that is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{round_:08d}.safetensors"
@@ -47,6 +52,15 @@ def save(folder: Path, round_: int, vectors: Vectors, rest: dict[str, Any]) -> N
     os.replace(part, file)
     for old in sorted(folder.glob("*.safetensors"))[:-KEEP]:
         old.unlink()
+    return oldest(folder)
+
+
+def oldest(folder: Path) -> int:
+    """Return the round of the oldest checkpoint that is kept, 0 if there is none.
+
+    Clients keep what they need to continue from it, should a later one prove torn.
+    """
+    return min((int(f.stem) for f in folder.glob("*.safetensors")), default=0)
 
 
 def newest(folder: Path) -> tuple[int, Vectors, dict[str, Any]] | None:

@@ -34,7 +34,8 @@ from rich.progress import (
 )
 
 from app.callbacks import Callback, Record
-from app.config import CONF, Config, load, to_run_config
+from app.compose import CONF
+from app.config import Config, load, to_run_config
 from app.errors import UserError
 from app.host import setting
 from app.local_grid import LocalGrid

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.config import Config, bind, load
+from app.binding import bind
+from app.config import Config, load
 from app.data import Dataset, Split, npz
 from app.errors import UserError
 from app.images import imagefolder

@@ -16,7 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from pydantic import Field, ValidationError, model_validator
 
-from app.config import CONF, PLACE, Model, load, names
+from app.binding import Model
+from app.compose import CONF, names
+from app.config import PLACE, load
 from app.errors import UserError, nearest
 from app.records import plain
 from app.report import flat as flatten

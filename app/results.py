@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 
 from app import plots, report
-from app.config import CONF, load
+from app.compose import CONF
+from app.config import load
 from app.errors import UserError
 from app.measure import EXCESS, measure, with_excess
 from app.plan import Plan, settings
 from app.records import read_summary, write_atomic
 from app.report import Spread, markdown
-from app.run import describe
+from app.resume import describe
 from app.verdict import DISTANCE, Rule, Table, better, judge
 
 DOCS = CONF.parent / "docs"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -16,12 +15,15 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from app import checkpoint
+from app.binding import bind
 from app.callbacks import Callback, Patience, Target
-from app.config import PLACE, Config, bind, load
+from app.config import load
 from app.errors import UserError
 from app.host import Setting, objective, setting
 from app.partition import label_counts
-from app.rundir import RunDir, read_rounds, read_summary
+from app.resume import describe, find_unfinished
+from app.rundir import RunDir, read_rounds
+from app.summary import clients_block, line, summarize
 from strategies.federation import Federation
 from strategies.objective import Objective
 from strategies.wire import pack
@@ -131,7 +133,7 @@ class Run:
         round_, vectors, rest = found
         empty = torch.zeros(0, dtype=self.config.torch_dtype)
         self.federation.restore({"buffers": empty, **vectors}, rest)
-        self.federation.keep = round_
+        self.federation.keep = checkpoint.oldest(path / "checkpoints")
         self.first = round_ + 1
         directory = RunDir.reopen(path, round_)
         self.records = read_rounds(path)
@@ -167,11 +169,17 @@ class Run:
             self._write(record)
             self.directory.clients(rows)
             self._checkpoint(round_)
-            self.say(self._line(record, time.perf_counter() - began))
+            self.say(line(record, config.rounds, self._pace(began, round_)))
             if stopped:
                 break
         self._evaluate_clients(grid)
-        summary = self._summary(stopped or "finished", time.perf_counter() - began)
+        summary = {
+            "status": stopped or "finished",
+            "name": self.directory.path.name,
+            **summarize(config, self.records),
+            "clients": clients_block(list(self.federation.round.rows.values())),
+            "seconds": time.perf_counter() - began,
+        }
         self.say(self.directory.finish(summary, self._tensors()))
         self.say(f"run directory: {self.directory.path}")
         return summary
@@ -215,11 +223,12 @@ class Run:
         received = time.perf_counter()
         federation.aggregate_train(round_, replies)
         told = federation.round
+        rows = list(told.rows.values())
         record: dict[str, Any] = {"round": round_}
         every = self.config.evaluate_every
         if (every and round_ % every == 0) or round_ == self.config.rounds:
             record |= self._evaluate()
-        record["clients"] = clients_block(told.rows) | {
+        record["clients"] = clients_block(rows) | {
             "cohort": told.accepted,
             "failed": {str(k): why for k, why in told.failed.items()},
         }
@@ -233,7 +242,7 @@ class Run:
             "wire": wire - busy,
             "server": total - wire,
         }
-        record["gradients"] = int(sum(row.get("gradients", 0) for row in told.rows))
+        record["gradients"] = int(sum(row.get("gradients", 0) for row in rows))
         record["engine"] = "+".join(sorted(told.engines))
         record["strategy"] = federation.norms()
         record["checks"] = {} if told.gap is None else {"memory_gap": told.gap}
@@ -244,7 +253,7 @@ class Run:
                 round_,
                 told.gap,
             )
-        return record, told.rows
+        return record, rows
 
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate every model worth a name on the test set; the first is reported."""
@@ -270,7 +279,7 @@ class Run:
         messages = federation.configure_evaluate(last, arrays, ConfigRecord(), grid)
         replies = grid.send_and_receive(messages, timeout=self.config.deadline)
         federation.aggregate_evaluate(last, replies)
-        self.directory.clients(federation.round.rows)
+        self.directory.clients(list(federation.round.rows.values()))
 
     def _ask_callbacks(self, record: dict[str, Any]) -> str:
         """Show the record to the callbacks, add their metrics, and return why to stop."""
@@ -282,6 +291,10 @@ class Run:
                 why = why or getattr(callback, "reason", "stopped")
         return why
 
+    def _pace(self, began: float, round_: int) -> float:
+        """Return the seconds that a round has taken so far, all included."""
+        return (time.perf_counter() - began) / (round_ - self.first + 1)
+
     def _write(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         self.directory.round(record)
@@ -290,69 +303,10 @@ class Run:
         every = self.config.checkpoint_every
         if every and round_ % every == 0:
             vectors, rest = self.federation.state()
-            checkpoint.save(self.directory.path / "checkpoints", round_, vectors, rest)
-            self.federation.keep = round_
+            folder = self.directory.path / "checkpoints"
+            self.federation.keep = checkpoint.save(folder, round_, vectors, rest)
         elif not every:
             self.federation.keep = round_
-
-    # What is told.
-
-    def _line(self, record: dict[str, Any], elapsed: float) -> str:
-        """Return one line about a round, with the time left."""
-        round_, rounds = record["round"], self.config.rounds
-        parts = [f"round {round_}/{rounds}"]
-        if "accuracy" in record:
-            parts.append(
-                f"accuracy {record['accuracy']:.4f} ({record['reported_model']})"
-            )
-        if "loss" in record:
-            parts.append(f"loss {record['loss']:.4g}")
-        if record["clients"]["failed"]:
-            parts.append(f"failed clients {', '.join(record['clients']['failed'])}")
-        pace = elapsed / (round_ - self.first + 1)
-        left = math.ceil(pace * (rounds - round_))
-        parts.append(
-            f"{record['seconds']['round']:.2f} s, {left // 60}:{left % 60:02d} left"
-        )
-        return "  ".join(parts)
-
-    def _summary(self, status: str, seconds: float) -> dict[str, Any]:
-        """Return what the run came to."""
-        config, records = self.config, self.records
-        judged = [r for r in records if r.get("accuracy") is not None]
-        best = max(judged, key=lambda r: r["accuracy"], default={})
-        last: dict[str, Any] = next((r for r in reversed(records) if "loss" in r), {})
-        rounds_to = {
-            f"{t:g}": next((r["round"] for r in judged if r["accuracy"] >= t), None)
-            for t in config.targets
-        }
-        sides = {
-            side: sum(sum(r["bytes"][side].values()) for r in records if "bytes" in r)
-            for side in ("down", "up")
-        }
-        final = clients_block(self.federation.round.rows)
-        return {
-            "status": status,
-            "name": self.directory.path.name,
-            "strategy": config.strategy.name,
-            "data": config.data.name,
-            "seed": config.seed,
-            "rounds": records[-1]["round"],
-            "reported_model": last.get("reported_model"),
-            "accuracy": last.get("accuracy"),
-            "loss": last.get("loss"),
-            "best_accuracy": best.get("accuracy"),
-            "best_round": best.get("round"),
-            "rounds_to": rounds_to if judged else {},
-            "clients": final,
-            "bytes_down": sides["down"],
-            "bytes_up": sides["up"],
-            "gradients": sum(r.get("gradients", 0) for r in records),
-            "seconds": seconds,
-            "failures": sum(
-                len(r["clients"]["failed"]) for r in records if "clients" in r
-            ),
-        }
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return the server's model by the module's names."""
@@ -360,75 +314,3 @@ class Run:
         named = self.objective.layout.unflatten(theta)
         named |= self.objective.buffer_layout.unflatten(buffers)
         return {n: t.clone() for n, t in named.items()}
-
-
-def clients_block(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return mean and bottom decile over clients of what they measured on the received model."""
-    block: dict[str, Any] = {}
-    trained = [r for r in rows if "train_loss" in r]
-    if trained:
-        weight = sum(r["samples"] for r in trained)
-        block["train_loss"] = (
-            sum(r["train_loss"] * r["samples"] for r in trained) / weight
-        )
-    for role, prefix in (("train", ""), ("holdout", "holdout_")):
-        for metric in ("loss", "accuracy"):
-            values = torch.tensor(
-                [r[metric] for r in rows if r["role"] == role and metric in r],
-                dtype=torch.float64,
-            )
-            if len(values):
-                block[f"{prefix}{metric}_mean"] = float(values.mean())
-            if len(values) and metric == "accuracy":
-                block[f"{prefix}{metric}_decile"] = float(values.quantile(0.1))
-    return block
-
-
-def describe(config: Config) -> dict[str, Any]:
-    """Return the configuration as plain data, each group as its name and settings."""
-    plain = config.model_dump()
-    for kind in ("strategy", "data", "partition", "model", "optimizer"):
-        group = plain[kind]
-        plain[kind] = {"name": group["name"], **group["options"]}
-    return plain
-
-
-def find_unfinished(config: Config) -> Path:
-    """Return the run directory that ``resume`` names.
-
-    Raises
-    ------
-    UserError
-        If there is none, or it has other settings.
-    """
-    import yaml
-
-    def same(path: Path) -> bool:
-        try:
-            there = yaml.safe_load((path / "config.yaml").read_text())
-        except (OSError, yaml.YAMLError):
-            return False
-        free = (*PLACE, "rounds", "checkpoint_every")
-        here = describe(config)
-        return isinstance(there, dict) and all(
-            there.get(k) == v for k, v in here.items() if k not in free
-        )
-
-    if config.resume != "auto":
-        path = Path(config.resume).expanduser().resolve()
-        if not (path / "config.yaml").exists():
-            raise UserError(
-                f"resume={config.resume}: no run directory (no config.yaml there)"
-            )
-        if not same(path):
-            raise UserError(
-                f"resume={config.resume}: that run has other settings; give the same ones "
-                "(only rounds and where it runs may change)"
-            )
-        return path
-    base = Path(config.output_dir).expanduser().resolve()
-    paths = [p.parent for p in base.glob("*/config.yaml")]
-    open_ = [p for p in paths if read_summary(p) is None and same(p)]
-    if not open_:
-        raise UserError(f"resume=auto: no unfinished run of these settings in {base}")
-    return max(open_, key=lambda p: p.stat().st_mtime)

@@ -28,7 +28,7 @@ from app.errors import UserError
 from app.plan import Job, Plan, plan, read, settings, studies
 from app.progress import Board
 from app.records import read_summary
-from app.run import describe
+from app.resume import describe
 
 
 def settle(job: Job, folder: Path) -> tuple[bool, tuple[str, ...]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from app.config import Model
+from app.binding import Model
 from app.records import falls
 from app.report import Spread
 

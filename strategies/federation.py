@@ -8,8 +8,7 @@ reply changes nothing anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from logging import WARNING
 from typing import Any
 
@@ -27,50 +26,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from strategies.acceptance import Accepted, Round, accept
 from strategies.algorithm import Algorithm, Cohort, Vectors
 from strategies.local import Mean
 from strategies.randomness import generator
 from strategies.roster import Roster
-from strategies.wire import Refused, ids, numbers, pack, reasons, unpack, weigh
-
-TRAINED = ("samples", "train_loss", "steps", "seconds", "probe")
-EVALUATED = ("eval_samples", "eval_held_out", "eval_loss")
-
-
-@dataclass
-class Round:
-    """What happened in a round, for the record.
-
-    Attributes
-    ----------
-    number : int
-        The round, from 1.
-    asked, accepted : list of int
-        The cohort that was asked, and whose replies count.
-    failed : dict of int to str
-        Who was left out, and why.
-    rows : list of dict
-        One row for each client and what it reported.
-    down, up : dict of str to int
-        Bytes of model, state and metrics.
-    gap : float or None
-        Relative gap between the mirrored server vector and the mean of the clients' memories.
-    busy : float
-        Seconds of the node that worked longest.
-    engines : set of str
-        The engines that the nodes chose.
-    """
-
-    number: int
-    asked: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    failed: dict[int, str] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    down: dict[str, int] = field(default_factory=dict)
-    up: dict[str, int] = field(default_factory=dict)
-    gap: float | None = None
-    busy: float = 0.0
-    engines: set[str] = field(default_factory=set)
+from strategies.wire import Refused, pack, unpack, weigh
 
 
 class Federation(Strategy):
@@ -121,7 +82,7 @@ class Federation(Strategy):
         self.keep = 0
         self.state_dir = ""
         self.round = Round(0)
-        self._asked: dict[int, list[int]] = {}
+        self._asked: dict[int, tuple[list[int], list[int]]] = {}
         self._probe = probe_direction(seed, len(theta))
 
     # A round.
@@ -172,7 +133,7 @@ class Federation(Strategy):
             content = RecordDict({"down": down, "order": ConfigRecord(order)})
             _add(self.round.down, weigh(content))
             messages.append(Message(content, node, kind, group_id=str(server_round)))
-            self._asked[node] = mine
+            self._asked[node] = mine, order["evaluate"]
         return messages
 
     def aggregate_train(
@@ -185,128 +146,67 @@ class Federation(Strategy):
         """
         mean = Mean()
         probes: dict[int, float] = {}
-        ordered = sorted(
-            replies, key=lambda r: self._asked.get(r.metadata.src_node_id, [])
-        )
-        for reply in ordered:
+        for accepted in self._accepted(replies):
+            if accepted.trained:
+                clients = [self.roster.client(k) for k in accepted.trained]
+                mean.add(accepted.up, sum(map(self.algorithm.weight, clients)))
+                probes |= accepted.probes()
+        for node, (asked, _) in self._asked.items():
+            why = "no reply before the deadline"
+            log(WARNING, "round %s: node %s: %s", server_round, node, why)
+            self.round.failed |= dict.fromkeys(asked, why)
+        arrays = self._step(server_round, mean, probes) if probes else None
+        if arrays is None:
+            log(WARNING, "round %s: nothing usable, the model stays", server_round)
+        self.round.enter_failed(self.roster)
+        return arrays, None
+
+    def _accepted(self, replies: Iterable[Message]) -> Iterator[Accepted]:
+        """Yield what may be used of the replies, and enter it and the faults into the round."""
+        sizes = dict.fromkeys(self.algorithm.up, len(self._probe))
+        sizes["buffers"] = len(self.buffers)
+        dtype = self.server["theta"].dtype
+
+        def first(reply: Message) -> list[int]:
+            train, evaluate = self._asked.get(reply.metadata.src_node_id, ([], []))
+            return [*train, *evaluate][:1]
+
+        for reply in sorted(replies, key=first):
             node = reply.metadata.src_node_id
+            asked = self._asked.pop(node, None)
             try:
-                up, report = self._accept(reply)
+                accepted = accept(reply, asked, self.roster, sizes, dtype)
             except Refused as error:
-                asked = self._asked.pop(node, [])
-                log(WARNING, "round %s: node %s refused: %s", server_round, node, error)
-                self.round.failed |= dict.fromkeys(asked, str(error))
+                number = self.round.number
+                log(WARNING, "round %s: node %s refused: %s", number, node, error)
+                self.round.failed |= dict.fromkeys(
+                    asked[0] if asked else [], str(error)
+                )
                 continue
-            self._asked.pop(node)
-            if report["trained"]:
-                mean.add(up, report["weight"])
-                probes |= dict(zip(report["trained"], report["probe"], strict=True))
-        for asked in self._asked.values():
-            self.round.failed |= dict.fromkeys(asked, "no reply before the deadline")
-        self.round.accepted = sorted(probes)
-        self._enter_failed()
-        if not probes:
-            log(WARNING, "round %s: no usable reply, the model stays", server_round)
-            return None, None
-        size = len(probes)
-        newcomers = sum(k not in self.ledger for k in probes)
+            _add(self.round.up, weigh(reply.content))
+            self.round.enter(accepted, self.roster)
+            yield accepted
+
+    def _step(
+        self, server_round: int, mean: Mean, probes: dict[int, float]
+    ) -> ArrayRecord | None:
+        """Take the server step, unless it would leave the finite numbers."""
         values = mean.value(self.server["theta"].dtype)
-        self.buffers = values.pop("buffers", self.buffers)
-        cohort = Cohort(size, self.roster.clients, newcomers)
-        self.server = self.algorithm.update(self.server, values, cohort)
+        buffers = values.pop("buffers", self.buffers)
+        newcomers = sum(k not in self.ledger for k in probes)
+        cohort = Cohort(len(probes), self.roster.clients, newcomers)
+        server = self.algorithm.update(self.server, values, cohort)
+        if not all(bool(torch.isfinite(v).all()) for v in server.values()):
+            self.round.failed |= dict.fromkeys(
+                probes, "the server's step is not finite"
+            )
+            return None
+        self.server, self.buffers = server, buffers
+        self.round.accepted = sorted(probes)
         self.ledger |= dict.fromkeys(probes, server_round)
         self.probes |= probes
         self.round.gap = self._gap()
-        return pack({"theta": self.server["theta"]}), None
-
-    def _accept(self, reply: Message) -> tuple[Vectors, dict[str, Any]]:
-        """Return a reply's mean and report, with its rows entered, or raise Refused."""
-        node = reply.metadata.src_node_id
-        if node not in self._asked:
-            raise Refused("was not asked in this round")
-        if reply.has_error():
-            raise Refused(reply.error.reason)
-        _add(self.round.up, weigh(reply.content))
-        report = reply.content.metric_records.get("report")
-        faults = reasons(reply.content.config_records.get("faults", ConfigRecord()))
-        if report is None:
-            raise Refused("no report")
-        trained, evaluated = ids(report, "trained"), ids(report, "evaluated")
-        if sorted([*trained, *faults]) != self._asked[node]:
-            raise Refused(f"answers for clients {sorted([*trained, *faults])}"[:300])
-        if any(self.roster.hosts.get(k) != node for k in evaluated):
-            raise Refused("evaluates clients that it does not host")
-        columns = {n: numbers(report, n, len(trained)) for n in TRAINED}
-        if columns["samples"] != [self.roster.samples[k] for k in trained]:
-            raise Refused("report: samples differ from the roll call")
-        scores = {n: numbers(report, n, len(evaluated)) for n in EVALUATED}
-        if "eval_accuracy" in report:
-            scores["eval_accuracy"] = numbers(report, "eval_accuracy", len(evaluated))
-        weight = sum(self.algorithm.weight(self.roster.client(k)) for k in trained)
-        up: Vectors = {}
-        if trained:
-            self.round.engines.add("vmap" if report.get("engine") == 1 else "loop")
-            record = reply.content.array_records.get("up", ArrayRecord())
-            sizes = dict.fromkeys(self.algorithm.up, len(self._probe))
-            sizes["buffers"] = len(self.buffers)
-            up = unpack(record, sizes, self.server["theta"].dtype)
-        self._enter(node, trained, columns, evaluated, scores)
-        self.round.failed |= faults
-        self.round.busy = max(self.round.busy, numbers(report, "busy", 1)[0])
-        return up, {"trained": trained, "weight": weight, "probe": columns["probe"]}
-
-    def _enter(
-        self,
-        node: int,
-        trained: list[int],
-        columns: Mapping[str, list[float]],
-        evaluated: list[int],
-        scores: Mapping[str, list[float]],
-    ) -> None:
-        """Enter a node's report into the round's rows, one for each client."""
-        rows: dict[int, dict[str, Any]] = {}
-        for k in sorted({*trained, *evaluated}):
-            role = "train" if k < self.roster.clients else "holdout"
-            rows[k] = {
-                "round": self.round.number,
-                "client": k,
-                "node": node,
-                "role": role,
-            }
-        for i, k in enumerate(trained):
-            rows[k] |= {
-                "samples": self.roster.samples[k],
-                "train_loss": columns["train_loss"][i],
-                "steps": int(columns["steps"][i]),
-                "gradients": int(columns["steps"][i]),
-                "seconds": columns["seconds"][i],
-            }
-        for i, k in enumerate(evaluated):
-            rows[k] |= {
-                "samples": self.roster.samples[k],
-                "split": "test" if scores["eval_held_out"][i] else "train",
-                **{
-                    n: scores[f"eval_{n}"][i]
-                    for n in ("loss", "accuracy")
-                    if f"eval_{n}" in scores
-                },
-            }
-        self.round.rows.extend(rows.values())
-
-    def _enter_failed(self) -> None:
-        """Enter why clients were left out, each into its row."""
-        rows = {row["client"]: row for row in self.round.rows}
-        for k, why in sorted(self.round.failed.items()):
-            if k not in rows:
-                node, role = self.roster.hosts.get(k), "train"
-                rows[k] = {
-                    "round": self.round.number,
-                    "client": k,
-                    "node": node,
-                    "role": role,
-                }
-                self.round.rows.append(rows[k])
-            rows[k]["error"] = why
+        return pack({"theta": server["theta"]})
 
     def _gap(self) -> float | None:
         """Compare the mirrored server vector with the mean of the clients' memories.
@@ -335,16 +235,8 @@ class Federation(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Enter the clients' scores into the round's rows."""
-        for reply in replies:
-            try:
-                self._accept(reply)
-            except Refused as error:
-                log(
-                    WARNING,
-                    "evaluation: node %s refused: %s",
-                    reply.metadata.src_node_id,
-                    error,
-                )
+        for _ in self._accepted(replies):
+            pass  # entering them is all
         return None
 
     def norms(self) -> dict[str, float]:

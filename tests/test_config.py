@@ -17,15 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app import experiment
-from app.config import (
-    FIRST_CLASS,
-    GROUPS,
-    Config,
-    from_run_config,
-    load,
-    names,
-    to_run_config,
-)
+from app.compose import GROUPS, names
+from app.config import FIRST_CLASS, Config, from_run_config, load, to_run_config
 from app.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

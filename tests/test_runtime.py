@@ -18,7 +18,6 @@ from app.errors import UserError
 from app.experiment import run_local
 from app.host import hosted, objective, setting
 from app.local_grid import LocalGrid
-from app.run import Run
 from app.store import ContextStore, DirectoryStore
 
 Door = Callable[..., Result]
@@ -612,7 +611,3 @@ def test_a_dead_worker_costs_a_round_and_no_more(tmp_path: Path) -> None:
     assert summary["rounds"] == 4
     assert "died" in " ".join(seen[1]["clients"]["failed"].values())
     assert seen[2]["clients"]["failed"] == seen[3]["clients"]["failed"] == {}
-
-
-def test_run_is_one_class_for_every_grid() -> None:
-    assert Run.__call__.__annotations__["grid"] == "Grid"

@@ -13,7 +13,8 @@ from PIL import Image
 from rich.console import Console
 
 from app import plots, results, study
-from app.config import load, names
+from app.compose import names
+from app.config import load
 from app.errors import UserError
 from app.experiment import run_local
 from app.plan import plan, read, studies

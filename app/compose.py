@@ -1,0 +1,110 @@
+"""Hydra's part of the configuration: compose `conf/`, and translate Hydra's complaints.
+
+A wrong name is answered in one line, with the nearest right one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from app.errors import UserError, nearest
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+GROUPS = ("strategy", "data", "partition", "model", "optimizer", "experiment")
+
+
+def names(group: str) -> list[str]:
+    """Return the choices of a folder of `conf/`."""
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def compose(overrides: tuple[str, ...]) -> DictConfig:
+    """Compose the configuration of some overrides.
+
+    Raises
+    ------
+    UserError
+        If a choice, a setting or the form of an override is wrong.
+    """
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(OverridesParser.create().parse_override(text))
+        except HydraException as error:
+            raise UserError(f"'{text}' is not key=value: {first_line(error)}") from None
+    for override in parsed:
+        key, value = override.key_or_group, override.value()
+        if key.partition(".")[0] == "study":
+            raise UserError(f"'{key}' describes a study; it is no setting of a run")
+        if key in GROUPS and isinstance(value, str) and value not in names(key):
+            raise UserError(
+                f"no {key} is called '{value}'; {nearest(value, names(key))}"
+            )
+    groups = tuple(
+        o for o, p in zip(overrides, parsed, strict=True) if p.key_or_group in GROUPS
+    )
+    with _hydra():
+        try:
+            return hydra.compose("config", list(overrides), return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            known = set()
+            if len(groups) < len(overrides):
+                known = _keys(hydra.compose("config", list(groups)))
+            for override in parsed:
+                key = override.key_or_group
+                if known and key not in known and key not in GROUPS:
+                    raise UserError(
+                        f"no setting is called '{key}'; {_near(key, known)}"
+                    ) from None
+            raise UserError(f"configuration: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _hydra() -> Iterator[None]:
+    """Initialize Hydra for composing, also inside a job that Hydra itself runs."""
+    hydra = GlobalHydra.instance()
+    outer = hydra.hydra
+    hydra.clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            yield
+    finally:
+        hydra.hydra = outer
+
+
+def _keys(config: Any, prefix: str = "") -> set[str]:
+    """Return the dotted names of all settings."""
+    found = set()
+    for key in config:
+        name = f"{prefix}{key}"
+        found.add(name)
+        if not OmegaConf.is_missing(config, key) and OmegaConf.is_dict(config[key]):
+            found |= _keys(config[key], f"{name}.")
+    return {k for k in found if not k.endswith("_target_")}
+
+
+def _near(key: str, known: set[str]) -> str:
+    """Suggest among the settings of the same section, or of the top."""
+    section = key.rpartition(".")[0]
+    same = {k for k in known if k.rpartition(".")[0] == section}
+    return nearest(key, same or {k for k in known if "." not in k})
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return (
+        str(error).strip().splitlines()[0]
+        if str(error).strip()
+        else type(error).__name__
+    )

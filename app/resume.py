@@ -1,0 +1,61 @@
+"""Which run directory a run continues: the one named, or the newest unfinished one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from app.config import PLACE, Config
+from app.errors import UserError
+from app.records import read_summary
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain data, each group as its name and settings."""
+    plain = config.model_dump()
+    for kind in ("strategy", "data", "partition", "model", "optimizer"):
+        group = plain[kind]
+        plain[kind] = {"name": group["name"], **group["options"]}
+    return plain
+
+
+def find_unfinished(config: Config) -> Path:
+    """Return the run directory that ``resume`` names.
+
+    Raises
+    ------
+    UserError
+        If there is none, or it has other settings.
+    """
+
+    def same(path: Path) -> bool:
+        try:
+            there = yaml.safe_load((path / "config.yaml").read_text())
+        except (OSError, yaml.YAMLError):
+            return False
+        free = (*PLACE, "rounds", "checkpoint_every")
+        here = describe(config)
+        return isinstance(there, dict) and all(
+            there.get(k) == v for k, v in here.items() if k not in free
+        )
+
+    if config.resume != "auto":
+        path = Path(config.resume).expanduser().resolve()
+        if not (path / "config.yaml").exists():
+            raise UserError(
+                f"resume={config.resume}: no run directory (no config.yaml there)"
+            )
+        if not same(path):
+            raise UserError(
+                f"resume={config.resume}: that run has other settings; give the same ones "
+                "(only rounds and where it runs may change)"
+            )
+        return path
+    base = Path(config.output_dir).expanduser().resolve()
+    paths = [p.parent for p in base.glob("*/config.yaml")]
+    open_ = [p for p in paths if read_summary(p) is None and same(p)]
+    if not open_:
+        raise UserError(f"resume=auto: no unfinished run of these settings in {base}")
+    return max(open_, key=lambda p: p.stat().st_mtime)

@@ -1,0 +1,202 @@
+"""What a node may answer, and the round's record of what it answered.
+
+A reply is accepted whole or refused whole, before anything of it is used. Clients that their own
+node reports as failed are left out; a refused reply leaves out all that it should have covered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message
+
+from strategies.algorithm import Vectors
+from strategies.roster import Roster
+from strategies.wire import Refused, ids, numbers, reasons, unpack
+
+TRAINED = ("samples", "train_loss", "steps", "seconds", "probe")
+EVALUATED = ("eval_samples", "eval_held_out", "eval_loss")
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A reply that may be used.
+
+    Attributes
+    ----------
+    node : int
+        Who answered.
+    up : Vectors
+        The weighted mean over the trained clients, each of shape (d,).
+    trained, evaluated : list of int
+        The clients that it covers.
+    columns, scores : dict of str to list of float
+        What the node reports of each trained, of each evaluated client.
+    faults : dict of int to str
+        The clients that failed there, and why.
+    busy : float
+        Seconds that the node worked.
+    engine : str
+        How it trained: ``loop`` or ``vmap``.
+    """
+
+    node: int
+    up: Vectors
+    trained: list[int]
+    evaluated: list[int]
+    columns: dict[str, list[float]]
+    scores: dict[str, list[float]]
+    faults: dict[int, str]
+    busy: float
+    engine: str
+
+    def probes(self) -> dict[int, float]:
+        """Return each trained client's audit number."""
+        return dict(zip(self.trained, self.columns["probe"], strict=True))
+
+
+def accept(
+    reply: Message,
+    asked: tuple[list[int], list[int]] | None,
+    roster: Roster,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+) -> Accepted:
+    """Check a reply in every respect.
+
+    Parameters
+    ----------
+    reply : Message
+        What a node sent.
+    asked : tuple of list of int, or None
+        Whom the node was asked to train and to evaluate; None if it was not asked.
+    roster : Roster
+        Who hosts whom, with how many samples.
+    sizes : mapping of str to int
+        The vectors that must come up, and their lengths.
+    dtype : torch.dtype
+        The dtype to return.
+
+    Raises
+    ------
+    Refused
+        Saying what is wrong.
+    """
+    if asked is None:
+        raise Refused("was not asked in this round, or has answered already")
+    if reply.has_error():
+        raise Refused(reply.error.reason)
+    content = reply.content
+    report = content.metric_records.get("report")
+    if report is None:
+        raise Refused("no report")
+    faults = reasons(content.config_records.get("faults", ConfigRecord()))
+    trained, evaluated = ids(report, "trained"), ids(report, "evaluated")
+    if sorted([*trained, *faults]) != asked[0]:
+        raise Refused(f"answers for clients {sorted([*trained, *faults])}"[:300])
+    if evaluated != asked[1]:
+        raise Refused(f"evaluates clients {evaluated}"[:300])
+    columns = {n: numbers(report, n, len(trained)) for n in TRAINED}
+    if columns["samples"] != [roster.samples[k] for k in trained]:
+        raise Refused("report: samples differ from the roll call")
+    scores = {n: numbers(report, n, len(evaluated)) for n in EVALUATED}
+    if "eval_accuracy" in report:
+        scores["eval_accuracy"] = numbers(report, "eval_accuracy", len(evaluated))
+    busy = numbers(report, "busy", 1)[0]
+    if busy < 0 or min(columns["steps"], default=1) < 1:
+        raise Refused("report: seconds or steps are impossible")
+    up: Vectors = {}
+    if trained:
+        up = unpack(content.array_records.get("up", ArrayRecord()), sizes, dtype)
+    return Accepted(
+        reply.metadata.src_node_id,
+        up,
+        trained,
+        evaluated,
+        columns,
+        scores,
+        faults,
+        busy,
+        "vmap" if report.get("engine") == 1 else "loop",
+    )
+
+
+@dataclass
+class Round:
+    """What happened in a round, for the record.
+
+    Attributes
+    ----------
+    number : int
+        The round, from 1.
+    asked, accepted : list of int
+        The cohort that was asked, and whose replies count.
+    failed : dict of int to str
+        Who was left out, and why.
+    rows : dict of int to dict
+        For each client a row of what it reported.
+    down, up : dict of str to int
+        Bytes of model, state and metrics.
+    gap : float or None
+        Relative gap between the mirrored server vector and the mean of the clients' memories.
+    busy : float
+        Seconds of the node that worked longest.
+    engines : set of str
+        The engines that the nodes chose.
+    """
+
+    number: int
+    asked: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    down: dict[str, int] = field(default_factory=dict)
+    up: dict[str, int] = field(default_factory=dict)
+    gap: float | None = None
+    busy: float = 0.0
+    engines: set[str] = field(default_factory=set)
+
+    def row(self, k: int, roster: Roster) -> dict[str, Any]:
+        """Return client k's row, made if there is none yet."""
+        if k not in self.rows:
+            self.rows[k] = {
+                "round": self.number,
+                "client": k,
+                "node": roster.hosts.get(k),
+                "role": "train" if k < roster.clients else "holdout",
+            }
+        return self.rows[k]
+
+    def enter(self, reply: Accepted, roster: Roster) -> None:
+        """Enter an accepted reply, a row for each client."""
+        rows = {
+            k: self.row(k, roster) for k in sorted({*reply.trained, *reply.evaluated})
+        }
+        for i, k in enumerate(reply.trained):
+            rows[k] |= {
+                "samples": roster.samples[k],
+                "train_loss": reply.columns["train_loss"][i],
+                "steps": int(reply.columns["steps"][i]),
+                "gradients": int(reply.columns["steps"][i]),
+                "seconds": reply.columns["seconds"][i],
+            }
+        for i, k in enumerate(reply.evaluated):
+            rows[k] |= {
+                "samples": roster.samples[k],
+                "split": "test" if reply.scores["eval_held_out"][i] else "train",
+            }
+            for name in ("loss", "accuracy"):
+                if f"eval_{name}" in reply.scores:
+                    rows[k][name] = reply.scores[f"eval_{name}"][i]
+        if reply.trained:
+            self.engines.add(reply.engine)
+        self.failed |= reply.faults
+        self.busy = max(self.busy, reply.busy)
+
+    def enter_failed(self, roster: Roster) -> None:
+        """Enter why clients were left out, each into its row."""
+        for k, why in sorted(self.failed.items()):
+            self.row(k, roster)["error"] = why
