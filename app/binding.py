@@ -94,11 +94,8 @@ def bind(kind: str, group: Group, given: Sequence[str] = ()) -> Callable[..., An
     for key in group.options.keys() - fields.keys():
         hint = nearest(key, fields)
         raise UserError(f"{kind}.{key}: {group.name} has no such setting; {hint}")
-    schema = create_model(
-        "Settings",
-        __config__=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False),
-        **fields,
-    )
+    rules = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+    schema = create_model("Settings", __config__=rules, **fields)
     try:
         checked = schema(**group.options)
         values = {name: getattr(checked, name) for name in fields}

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from app.arrays import npz
 from app.binding import bind
+from app.building import make_model
 from app.config import Config, load
-from app.data import Dataset, Split, npz
+from app.data import Dataset, Split
 from app.errors import UserError
 from app.images import imagefolder
 from app.layers import noise_shapes
-from app.models import make_model
 from strategies.local import Part, Trainer
 from strategies.objective import Objective
 from strategies.randomness import permutations

@@ -114,6 +114,14 @@ class LastStep(nn.Module):
         return x[:, -1]
 
 
+class Scalar(nn.Module):
+    """Turns (n, 1) into the (n,) that a regression target is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop the last axis."""
+        return x.squeeze(-1)
+
+
 def probe(model: nn.Module, input_shape: tuple[int, ...], vocabulary: int = 0) -> None:
     """Send one sample of zeros through a model, so that each Dropout learns its shape.
 

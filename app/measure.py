@@ -7,8 +7,8 @@ import numpy as np
 
 from app.errors import UserError
 from app.records import cumulative, lookup, series, traffic
-from app.report import Run, rounds_to
 from app.synthetic import QUADRATICS_A, QUADRATICS_B, quadratics
+from app.tables import Run, rounds_to
 from app.verdict import DISTANCE, Numbers, better
 
 EXCESS = "excess_loss"  # drawn where the metric is the distance: loss above its minimum

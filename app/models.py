@@ -1,24 +1,22 @@
-"""The networks that clients train, and how they are made.
+"""The networks that clients train.
 
 A model is a function ``f(input_shape, outputs, vocabulary, **knobs)`` that returns a
 module; the knobs' defaults stand in ``conf/model/NAME.yaml``. Modules take a batch
 (n, *input_shape) and return (n, outputs), or (n,) when ``outputs`` is 1 (regression).
 None holds running statistics, and `app.layers` keeps randomness outside, so that a
-training step is a pure function of its tensors.
+training step is a pure function of its tensors. `app.building.make_model` calls them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from app.data import Dataset, Fraction, Positive
+from app.building import flat_width, image_channels, numbers_in, refuse_text, sequence
+from app.data import Fraction, Positive
 from app.errors import UserError
-from app.layers import LSTM, Dropout, LastStep, probe
-
-Model = Callable[[tuple[int, ...], int, int], nn.Module]
+from app.layers import LSTM, Dropout, LastStep
 
 
 def linear(
@@ -48,12 +46,12 @@ def linear(
     UserError
         If the samples are text.
     """
-    _numbers("linear", vocabulary)
-    layer = nn.Linear(_size(input_shape), outputs, bias=bias)
+    refuse_text("linear", vocabulary)
+    layer = nn.Linear(numbers_in(input_shape), outputs, bias=bias)
     if zero:
         for parameter in layer.parameters():
             nn.init.zeros_(parameter)
-    return _stack([nn.Flatten(), layer], outputs)
+    return sequence([nn.Flatten(), layer], outputs)
 
 
 def mlp(
@@ -81,16 +79,16 @@ def mlp(
     UserError
         If the samples are text.
     """
-    _numbers("mlp", vocabulary)
+    refuse_text("mlp", vocabulary)
     layers: list[nn.Module] = [nn.Flatten()]
-    width = _size(input_shape)
+    width = numbers_in(input_shape)
     for number in hidden:
         layers.append(nn.Linear(width, number))
         if dropout:
             layers.append(Dropout(dropout))
         layers.append(nn.ReLU())
         width = number
-    return _stack([*layers, nn.Linear(width, outputs)], outputs)
+    return sequence([*layers, nn.Linear(width, outputs)], outputs)
 
 
 def cnn_mnist(
@@ -107,14 +105,14 @@ def cnn_mnist(
     UserError
         If the samples are no images, or smaller than 4x4.
     """
-    channels = _channels("cnn_mnist", input_shape, vocabulary)
+    channels = image_channels("cnn_mnist", input_shape, vocabulary)
     features = [
         *(nn.Conv2d(channels, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
     ]
-    width = _width("cnn_mnist", features, input_shape)
+    width = flat_width("cnn_mnist", features, input_shape)
     head = [nn.Linear(width, 512), nn.ReLU(), nn.Linear(512, outputs)]
-    return _stack([*features, *head], outputs)
+    return sequence([*features, *head], outputs)
 
 
 def cnn_cifar(
@@ -131,17 +129,17 @@ def cnn_cifar(
     UserError
         If the samples are no images, or smaller than 16x16.
     """
-    channels = _channels("cnn_cifar", input_shape, vocabulary)
+    channels = image_channels("cnn_cifar", input_shape, vocabulary)
     features = [
         *(nn.Conv2d(channels, 64, 5), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(64, 64, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
     ]
-    width = _width("cnn_cifar", features, input_shape)
+    width = flat_width("cnn_cifar", features, input_shape)
     head = [
         *(nn.Linear(width, 384), nn.ReLU(), nn.Linear(384, 192), nn.ReLU()),
         nn.Linear(192, outputs),
     ]
-    return _stack([*features, *head], outputs)
+    return sequence([*features, *head], outputs)
 
 
 def cnn_sophia(
@@ -166,14 +164,14 @@ def cnn_sophia(
     UserError
         If the samples are no images, or smaller than 16x16.
     """
-    channels = _channels("cnn_sophia", input_shape, vocabulary)
+    channels = image_channels("cnn_sophia", input_shape, vocabulary)
     features = [
         *(nn.Conv2d(channels, 10, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(10, 20, 5)),
         *(Dropout(dropout, channelwise=True), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()),
     ]
-    width = _width("cnn_sophia", features, input_shape)
+    width = flat_width("cnn_sophia", features, input_shape)
     head = [nn.Linear(width, 50), nn.ReLU(), Dropout(dropout), nn.Linear(50, outputs)]
-    return _stack([*features, *head], outputs)
+    return sequence([*features, *head], outputs)
 
 
 def resnet18(
@@ -203,7 +201,7 @@ def resnet18(
     """
     from torchvision.models import resnet18 as torchvision_resnet18
 
-    channels = _channels("resnet18", input_shape, vocabulary)
+    channels = image_channels("resnet18", input_shape, vocabulary)
     if 64 % groups:
         raise UserError(f"model.groups={groups}: a divisor of 64 is needed.")
     network: nn.Module = torchvision_resnet18(
@@ -214,7 +212,7 @@ def resnet18(
         network.maxpool = nn.Identity()
     elif channels != 3:
         network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
-    return _stack([network], outputs) if outputs == 1 else network
+    return sequence([network], outputs) if outputs == 1 else network
 
 
 def char_lstm(
@@ -252,88 +250,4 @@ def char_lstm(
     stack: list[nn.Module] = [nn.Embedding(vocabulary, embedding)]
     for number in range(layers):
         stack.append(LSTM(hidden if number else embedding, hidden))
-    return _stack([*stack, LastStep(), nn.Linear(hidden, outputs)], outputs)
-
-
-def make_model(model: Model, dataset: Dataset, seed: int) -> nn.Module:
-    """Build a model for some data, with weights that depend on ``seed`` alone.
-
-    Parameters
-    ----------
-    model : Callable
-        One of the functions above, with its knobs bound (`functools.partial`).
-    dataset : Dataset
-        Gives the shape of a sample, the number of outputs and the alphabet.
-    seed : int
-        Seed of the initial weights. The global generator is left as it was.
-
-    Returns
-    -------
-    nn.Module
-        In training mode, with float64 parameters if the samples are float64.
-
-    Raises
-    ------
-    UserError
-        If the model does not fit the samples.
-    """
-    shape = tuple(dataset.train.x.shape[1:])
-    outputs = dataset.classes or 1
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would also reseed the accelerators.
-        torch.default_generator.manual_seed(seed)
-        module = model(shape, outputs, dataset.vocabulary)
-    if dataset.train.x.dtype == torch.float64:
-        module = module.to(torch.float64)
-    probe(module, shape, dataset.vocabulary)
-    return module.train()
-
-
-class Scalar(nn.Module):
-    """Turns (n, 1) into the (n,) that a regression target is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop the last axis."""
-        return x.squeeze(-1)
-
-
-def _stack(layers: Sequence[nn.Module], outputs: int) -> nn.Sequential:
-    return nn.Sequential(*layers, Scalar()) if outputs == 1 else nn.Sequential(*layers)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _numbers(name: str, vocabulary: int) -> None:
-    if vocabulary:
-        raise UserError(
-            f"model={name} takes numbers, but the samples are text: use "
-            "model=char_lstm."
-        )
-
-
-def _channels(name: str, input_shape: tuple[int, ...], vocabulary: int) -> int:
-    _numbers(name, vocabulary)
-    if len(input_shape) != 3:
-        raise UserError(
-            f"model={name} takes images (channels, height, width), but samples have "
-            "shape "
-            f"{input_shape}: use model=linear or model=mlp."
-        )
-    return input_shape[0]
-
-
-def _width(
-    name: str, features: Sequence[nn.Module], input_shape: tuple[int, ...]
-) -> int:
-    """Return how many numbers the convolutions leave of one sample."""
-    try:
-        with torch.no_grad():
-            flat = nn.Sequential(*features).eval()(torch.zeros(1, *input_shape))
-    except RuntimeError as error:
-        raise UserError(
-            f"model={name} needs larger images than {input_shape[1]}x{input_shape[2]}: "
-            "use model=mlp or model=cnn_mnist."
-        ) from error
-    return int(flat.shape[1])
+    return sequence([*stack, LastStep(), nn.Linear(hidden, outputs)], outputs)

@@ -1,54 +1,20 @@
-"""Figures of runs: learning curves, the label distribution, the result of a sweep.
-
-Everything is drawn with matplotlib's object interface on the Agg canvas, so a figure
-needs no display, leaves no global state behind and may be drawn in any process. Colors
-are those of Okabe and Ito, told apart by color-blind readers; line style and marker
-repeat the difference for readers of a grey print.
+"""Figures of runs: learning curves, one run on a page, the result of a sweep.
 
 A run is given as its list of round records and a metric by its keys joined by ``/``,
 both as in `app.records`.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
-from app.records import (
-    Floats,
-    Records,
-    cumulative,
-    lookup,
-    series,
-    traffic,
-    write_atomic,
-)
-
-COLORS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-    "#F0E442",
-)
-# Yellow fills an area well; as a line on white it is lost, so grey takes its place.
-INKS = (*COLORS[:-1], "#808080")
-LINES = ("-", "--", "-.", ":")
-MARKERS = "osD^vPX*"
+from app import canvas
+from app.records import Floats, Records, cumulative, lookup, series, traffic
 
 # The label of each x axis and the factor from the recorded unit to the drawn one.
 AXES = {
@@ -57,8 +23,6 @@ AXES = {
     "seconds": ("wall time (s)", 1.0),
     "gradients": ("gradient evaluations, all clients", 1.0),
 }
-BARS_UP_TO = 100  # clients; a bar is about one pixel wide beyond
-LEGEND_UP_TO = 2 * len(COLORS)  # classes; colors, then the same colors hatched
 
 
 class Curve(NamedTuple):
@@ -150,11 +114,11 @@ def curves(
         Above the figure.
     """
     name, scale = AXES[axis]
-    figure, axes = _figure(7.2, 4.4)
+    figure, axes = canvas.blank(7.2, 4.4)
     several = False
     for index, (label, runs) in enumerate(groups.items()):
         curve = align(runs, metric, axis, band)
-        style = _style(index)
+        style = canvas.style(index)
         if len(runs) > 1:
             several = True
             label = f"{label} ({len(runs)} runs)"
@@ -170,7 +134,7 @@ def curves(
                         alpha=0.7,
                         color=style["color"],
                     )
-        _line(axes, curve.x * scale, curve.mean, label, index)
+        canvas.line(axes, curve.x * scale, curve.mean, label, index)
         axes.fill_between(
             curve.x * scale,
             curve.low,
@@ -179,14 +143,14 @@ def curves(
             alpha=0.18,
             lw=0,
         )
-    axes.set(xlabel=name, ylabel=_unit(metric), title=title)
+    axes.set(xlabel=name, ylabel=canvas.unit(metric), title=title)
     if axis == "rounds":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _log_if_wide(axes, metric)
+    canvas.log_if_wide(axes, metric)
     words = {"range": "minimum to maximum", "std": "one standard deviation"}[band]
     caption = f"line: mean over seeds; band: {words}" if several else None
-    _legend(figure, axes, caption)
-    _save(figure, path)
+    canvas.legend(figure, axes, caption)
+    canvas.save(figure, path)
 
 
 def overview(records: Records, path: Path, title: str = "") -> None:
@@ -210,7 +174,7 @@ def overview(records: Records, path: Path, title: str = "") -> None:
         tags["clients, worst decile"] = f"clients/{metric}_decile"
         tags["clients held out, mean"] = f"clients/holdout_{metric}_mean"
         tags["clients, in training"] = f"clients/train_{metric}"
-        panels.append((_unit(metric), _present(records, tags)))
+        panels.append((canvas.unit(metric), _present(records, tags)))
     rounds = cumulative(records, "rounds")
     sent = {
         way: np.cumsum([traffic(record, way) * 1e-6 for record in records])
@@ -232,36 +196,13 @@ def overview(records: Records, path: Path, title: str = "") -> None:
         axes = figure.add_subplot(rows, columns, place)
         axes.grid(alpha=0.3)
         for index, (label, (x, y)) in enumerate(lines.items()):
-            _line(axes, x, y, label, index)
+            canvas.line(axes, x, y, label, index)
         axes.set(xlabel=AXES["rounds"][0], ylabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _log_if_wide(axes, unit)
+        canvas.log_if_wide(axes, unit)
         axes.legend(fontsize=8)
     figure.suptitle(title)
-    _save(figure, path)
-
-
-def label_map(counts: NDArray[Any], names: Sequence[str], path: Path) -> None:
-    """Draw how the labels are spread over the clients.
-
-    Up to 100 clients as stacked bars of samples; above as a heat map of each client's
-    shares, under a line of its number of samples.
-
-    Parameters
-    ----------
-    counts : ndarray of shape (clients, classes)
-        Samples of each class at each client.
-    names : sequence of str
-        The classes.
-    path : Path
-        The PNG to write, replaced as a whole.
-    """
-    counts = np.asarray(counts, dtype=float)
-    if len(counts) <= BARS_UP_TO:
-        figure = _label_bars(counts, names)
-    else:
-        figure = _label_heat(counts, names)
-    _save(figure, path)
+    canvas.save(figure, path)
 
 
 def swept(
@@ -282,17 +223,24 @@ def swept(
     path : Path
         The PNG to write, replaced as a whole.
     """
-    figure, axes = _figure(6.0, 4.0)
+    figure, axes = canvas.blank(6.0, 4.0)
     finite = {
         x: [y for y in ys if math.isfinite(y)] for x, ys in sorted(values.items())
     }
     finite = {x: ys for x, ys in finite.items() if ys}
-    style = _style(0)
+    style = canvas.style(0)
     if any(len(ys) > 1 for ys in finite.values()):
         dots = [(x, y) for x, ys in finite.items() for y in ys]
         x, y = zip(*dots, strict=True)
         axes.plot(
-            x, y, "o", color=COLORS[1], mfc="none", ms=5, label="one run", zorder=3
+            x,
+            y,
+            "o",
+            color=canvas.COLORS[1],
+            mfc="none",
+            ms=5,
+            label="one run",
+            zorder=3,
         )
     means = [float(np.mean(ys)) for ys in finite.values()]
     axes.plot(
@@ -302,54 +250,7 @@ def swept(
         axes.set_xscale("log")
     axes.set(xlabel=key, ylabel=unit)
     axes.legend(fontsize=8)
-    _save(figure, path)
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """Return a figure of one pair of axes, in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _style(index: int) -> dict[str, Any]:
-    """Return a color, line style and marker that no other of 32 indices has."""
-    turn = index // len(INKS)
-    return {
-        "color": INKS[index % len(INKS)],
-        "ls": LINES[(index + turn) % len(LINES)],
-        "marker": MARKERS[index % len(MARKERS)],
-    }
-
-
-def _line(axes: Axes, x: Floats, y: Floats, label: str, index: int) -> None:
-    """Draw one line with about eight markers, shifted from line to line."""
-    every = max(1, len(x) // 8)
-    style = _style(index)
-    axes.plot(
-        x, y, label=label, lw=1.6, ms=4.5, markevery=(index % every, every), **style
-    )
-
-
-def _legend(figure: Figure, axes: Axes, title: str | None) -> None:
-    """Put the legend in the axes, or beside them when it would cover the lines."""
-    handles, labels = axes.get_legend_handles_labels()
-    if not handles:
-        return
-    if len(labels) <= 4 and max(map(len, labels)) <= 32:
-        axes.legend(fontsize=8, title=title, title_fontsize=7)
-        return
-    columns = 1 if max(map(len, labels)) > 44 else 2
-    lines = math.ceil(len(labels) / columns) + 1
-    figure.set_figheight(figure.get_figheight() + 0.19 * lines)
-    figure.legend(
-        loc="outside lower center",
-        fontsize=8,
-        ncols=columns,
-        title=title,
-        title_fontsize=7,
-    )
+    canvas.save(figure, path)
 
 
 def _present(
@@ -358,87 +259,3 @@ def _present(
     """Return the series that hold a finite value."""
     found = {label: series(records, tag) for label, tag in tags.items()}
     return {label: xy for label, xy in found.items() if np.isfinite(xy[1]).any()}
-
-
-def _unit(metric: str) -> str:
-    """Return a metric's name for an axis, with its unit where it has one."""
-    words = " ".join(metric.replace("_", " ").split("/"))
-    if "accuracy" in metric:
-        return f"{words} (fraction of samples)"
-    return f"{words} (mean over samples)" if "loss" in metric else words
-
-
-def _log_if_wide(axes: Axes, metric: str) -> None:
-    """Draw a loss that spans a factor of 50 or more on a logarithmic axis."""
-    drawn = [np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()]
-    values = np.concatenate(drawn) if drawn else np.empty(0)
-    values = values[np.isfinite(values)]
-    loss = "loss" in metric and values.size > 0 and values.min() > 0
-    if loss and values.max() / values.min() >= 50:
-        axes.set_yscale("log")
-
-
-def _label_bars(counts: Floats, names: Sequence[str]) -> Figure:
-    """Draw one stacked bar for each client."""
-    figure, axes = _figure(8.0, 4.2)
-    axes.grid(False, axis="x")
-    clients, classes = counts.shape
-    few = classes <= LEGEND_UP_TO
-    bottom = np.zeros(clients)
-    for index in range(classes):
-        # More classes than colors: a shade in the order of the classes, read off a bar.
-        shade = colormaps["cividis"]((index + 0.5) / classes)
-        axes.bar(
-            np.arange(clients),
-            counts[:, index],
-            bottom=bottom,
-            width=0.9,
-            color=COLORS[index % len(COLORS)] if few else shade,
-            hatch="////" if few and index >= len(COLORS) else None,
-            edgecolor="white",
-            linewidth=0.0,
-            label=str(names[index]),
-        )
-        bottom += counts[:, index]
-    axes.set(xlabel="client", ylabel="samples", xlim=(-0.7, clients - 0.3))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if few:
-        figure.legend(
-            loc="outside right upper", fontsize=8, title="class", reverse=True
-        )
-    else:
-        _class_bar(figure, axes, classes)
-    return figure
-
-
-def _label_heat(counts: Floats, names: Sequence[str]) -> Figure:
-    """Draw the shares of each client as a column, and its size above."""
-    clients, classes = counts.shape
-    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
-    top, main = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3))
-    sizes = counts.sum(axis=1)
-    top.fill_between(np.arange(clients), sizes, step="mid", color=COLORS[0], lw=0)
-    top.set(ylabel="samples", ylim=(0, None))
-    top.grid(alpha=0.3)
-    shares = counts / np.maximum(sizes, 1)[:, None]
-    image = main.imshow(shares.T, aspect="auto", cmap="cividis", vmin=0, vmax=1)
-    figure.colorbar(image, ax=main, label="share of the client's samples")
-    main.set(xlabel="client", ylabel="class")
-    main.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if classes <= 30:
-        main.set_yticks(range(classes), [str(name) for name in names], fontsize=8)
-    return figure
-
-
-def _class_bar(figure: Figure, axes: Axes, classes: int) -> None:
-    """Add a color bar that numbers the classes, where a legend would be too long."""
-    shades = ScalarMappable(Normalize(0, classes), colormaps["cividis"])
-    figure.colorbar(shades, ax=axes, label="class, in the order of labels.csv")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Write the figure as PNG, whole or not at all."""
-    FigureCanvasAgg(figure)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_atomic(path, image.getvalue())

@@ -22,8 +22,8 @@ from app.errors import UserError
 from app.measure import EXCESS, measure, with_excess
 from app.plan import Plan, settings
 from app.records import read_summary, write_atomic
-from app.report import Spread, markdown
 from app.resume import describe
+from app.tables import Spread, markdown
 from app.verdict import DISTANCE, Rule, Table, better, judge
 
 DOCS = CONF.parent / "docs"

@@ -16,14 +16,16 @@ from flwr.serverapp import Grid
 
 from app import checkpoint
 from app.binding import bind
+from app.by_class import label_counts
 from app.callbacks import Callback, Patience, Target
 from app.config import load
 from app.errors import UserError
 from app.host import Setting, objective, setting
-from app.partition import label_counts
+from app.records import read_rounds
 from app.resume import describe, find_unfinished
-from app.rundir import RunDir, read_rounds
+from app.rundir import RunDir
 from app.summary import clients_block, line, summarize
+from strategies.engine import unfit
 from strategies.federation import Federation
 from strategies.objective import Objective
 from strategies.wire import pack
@@ -68,6 +70,8 @@ class Run:
         torch.set_num_threads(self.config.threads)
         self.setting: Setting = setting(self.overrides)
         self.objective: Objective = objective(self.config, self.setting.dataset)
+        if self.config.engine == "vmap" and (why := unfit(self.objective)):
+            raise UserError(f"engine=vmap: {why}; use engine=auto")
         theta, buffers = self.objective.initial()
         self.federation = Federation(
             bind("strategy", self.config.strategy)(),

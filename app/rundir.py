@@ -6,12 +6,8 @@ line it was writing. ``summary.json`` comes last: a run that has it has finished
 """
 
 import csv
-import datetime
-import importlib.metadata
 import io
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,23 +16,22 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from app import plots
+from app import label_plots, plots
+from app.environment import environment
 from app.errors import UserError
 from app.records import (
     ROUNDS,
     SUMMARY,
     plain,
     read_rounds,
-    read_summary,
     scalars,
     write_atomic,
 )
+from app.screen import screen
 
 if TYPE_CHECKING:
     import torch
     from torch.utils.tensorboard import SummaryWriter
-
-__all__ = ["RunDir", "read_rounds", "read_summary"]
 
 CONFIG = "config.yaml"
 CLIENTS = "clients.csv"
@@ -55,7 +50,6 @@ COLUMNS = (
     "seconds",
     "error",
 )
-PACKAGES = ("torch", "flwr", "numpy", "fedgrad")
 
 
 class RunDir:
@@ -102,7 +96,7 @@ class RunDir:
             ) from error
         text = yaml.safe_dump(plain(config, finite=False), sort_keys=False)
         write_atomic(path / CONFIG, text)
-        write_atomic(path / "environment.json", _json(_environment()))
+        write_atomic(path / "environment.json", _json(environment()))
         write_atomic(path / ROUNDS, b"")
         write_atomic(path / CLIENTS, ",".join(COLUMNS) + "\n")
         return cls(path, _tensorboard(path))
@@ -150,7 +144,7 @@ class RunDir:
         for client, row in enumerate(np.asarray(counts).astype(int).tolist()):
             table.writerow([client, *row])
         write_atomic(self.path / "labels.csv", text.getvalue())
-        plots.label_map(counts, names, self.path / "labels.png")
+        label_plots.label_map(counts, names, self.path / "labels.png")
 
     def round(self, record: Mapping[str, Any]) -> None:
         """Append one round's record to ``metrics.jsonl`` and to TensorBoard.
@@ -219,7 +213,7 @@ class RunDir:
         clean = plain(summary, finite=True)
         write_atomic(self.path / SUMMARY, _json(clean))
         self.close()
-        return _screen(clean, self.path)
+        return screen(clean, self.path)
 
     def close(self) -> None:
         """Write out what TensorBoard still holds back; may be called twice."""
@@ -263,72 +257,3 @@ def _client_rows(file: Path, last_round: int) -> list[str]:
     whole = file.read_text(encoding="utf-8", errors="replace").split("\n")[1:-1]
     rounds = [(line, line.split(",", 1)[0]) for line in whole]
     return [line for line, r in rounds if r.isdecimal() and int(r) <= last_round]
-
-
-def _environment() -> dict[str, Any]:
-    """Return what the run is made with and where."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None  # run from a checkout or a bundle, not installed
-    return {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": versions,
-        "machine": {
-            "cpu": _cpu(),
-            "cores": os.cpu_count(),
-            "platform": platform.platform(),
-        },
-    }
-
-
-def _cpu() -> str:
-    """Return the model of the CPU, as far as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _screen(summary: Mapping[str, Any], path: Path) -> str:
-    """Return the summary as aligned lines; what was not measured has no line."""
-
-    def number(key: str, form: str = ".4g") -> str:
-        value = summary.get(key)
-        return "not finite" if value is None else format(value, form)
-
-    lines = [("run", str(path))]
-    what = [str(summary[k]) for k in ("strategy", "data") if summary.get(k) is not None]
-    if what:
-        lines.append(("what", f"{' on '.join(what)}, seed {summary.get('seed')}"))
-    lines.append(("status", f"{summary.get('status')} after {number('rounds')} rounds"))
-    model = summary.get("reported_model")
-    of = f" of the {model} model" if model else ""
-    scored = summary.get("accuracy") is not None  # a regression has none
-    if scored:
-        text = number("accuracy", ".4f") + of
-        if summary.get("best_accuracy") is not None:
-            best, at = number("best_accuracy", ".4f"), summary.get("best_round")
-            text += f"; best {best} in round {at}"
-        lines.append(("accuracy", text))
-    if "loss" in summary:
-        lines.append(("loss", number("loss") + ("" if scored else of)))
-    for target, at in (summary.get("rounds_to") or {}).items():
-        reached = "not reached" if at is None else f"round {at}"
-        lines.append((f"accuracy {target}", reached))
-    if "bytes_down" in summary and "bytes_up" in summary:
-        down, up = ((summary[k] or 0) / 1e6 for k in ("bytes_down", "bytes_up"))
-        lines.append(("traffic", f"{down:,.2f} MB down, {up:,.2f} MB up"))
-    if summary.get("gradients") is not None:
-        lines.append(("gradients", number("gradients", ",")))
-    if "seconds" in summary:
-        lines.append(("time", f"{number('seconds', '.1f')} s"))
-    if summary.get("failures"):
-        lines.append(("failures", f"{summary['failures']} client rounds (clients.csv)"))
-    width = max(len(key) for key, _ in lines)
-    return "\n".join(f"{key:<{width}}  {text}" for key, text in lines)

@@ -22,13 +22,14 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from app import report, results
+from app import results
 from app.config import load
 from app.errors import UserError
 from app.plan import Job, Plan, plan, read, settings, studies
 from app.progress import Board
 from app.records import read_summary
 from app.resume import describe
+from app.tables import show
 
 
 def settle(job: Job, folder: Path) -> tuple[bool, tuple[str, ...]]:
@@ -199,9 +200,7 @@ def _study(words: Sequence[str], publishing: bool) -> int:
     failures = run(planned, console)
     result = results.summarize(planned)
     if result:
-        report.show(
-            results.cells(result["variants"], result["metric"], planned.targets)
-        )
+        show(results.cells(result["variants"], result["metric"], planned.targets))
         for line in results.models(result["variants"], planned.targets):
             console.print(line)
         console.print(f"verdict: {result['verdict']['text']}")

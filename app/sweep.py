@@ -96,7 +96,7 @@ def summarize(folder: Path, metric: str | None = None, axis: str = "rounds") -> 
         If nothing failed and there is no run either, or none recorded the metric.
     """
     # Loaded here: every job imports this module, and only the end needs them.
-    from app import plots, report
+    from app import plots, report, tables
     from app.records import ROUNDS, write_atomic
 
     failures = read_failures(folder)
@@ -108,13 +108,13 @@ def summarize(folder: Path, metric: str | None = None, axis: str = "rounds") -> 
         metric = report.choose_metric(runs, metric)
         groups = report.group(runs)
         targets = report.known_targets(runs) if metric == "accuracy" else []
-        rows = report.table(groups, targets, metric)
-        lines = report.cells(rows, metric)
-        report.show(lines)
+        rows = tables.table(groups, targets, metric)
+        lines = tables.cells(rows, metric)
+        tables.show(lines)
         drawn = {label: [run.rounds for run in of] for label, of in groups.items()}
         plots.curves(drawn, metric, axis, folder / "summary.png")
         write_atomic(folder / "summary.csv", _csv(rows))
-        text += f"{report.markdown(lines)}\n![{metric}](summary.png)\n"
+        text += f"{tables.markdown(lines)}\n![{metric}](summary.png)\n"
         found = swept(groups, rows)
         if found:
             key, values = found

@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from app.binding import Model
 from app.records import falls
-from app.report import Spread
+from app.tables import Spread
 
 DISTANCE = "distance"  # of the final model to the known minimizer of the quadratics
 

@@ -64,10 +64,10 @@ class Trained:
         return "" if math.isfinite(float(self.losses[row])) else "loss is not finite"
 
 
-def vectorizable(objective: Objective) -> str:
+def unfit(objective: Objective) -> str:
     """Say why a model cannot be vectorized over clients; empty if it can."""
     if objective.buffer_layout.size:
-        return "its BatchNorm writes running statistics"
+        return "the model has buffers (BatchNorm) that training writes"
     return ""
 
 
@@ -89,7 +89,7 @@ def choose(
     """
     if choice != "auto":
         return choice
-    if cohort < 2 or vectorizable(objective):
+    if cohort < 2 or unfit(objective):
         return "loop"
     if device.type == "cuda":
         return "vmap"

@@ -57,13 +57,11 @@ class SGD:
         if self.weight_decay:
             direction = direction + self.weight_decay * theta
         if not self.momentum:
-            return theta - lr * direction, {"effort": state["effort"] + lr}
+            theta = torch.sub(theta, direction, alpha=lr)
+            return theta, {"effort": state["effort"] + lr}
         velocity = self.momentum * state["velocity"] + direction
-        # The same recursion on a direction of constant 1 gives the total weight of directions.
+        # The same recursion on a direction of constant 1 gives the directions' total weight.
         push = self.momentum * state["push"] + 1
         effort = state["effort"] + lr * push
-        return theta - lr * velocity, {
-            "velocity": velocity,
-            "push": push,
-            "effort": effort,
-        }
+        theta = torch.sub(theta, velocity, alpha=lr)
+        return theta, {"velocity": velocity, "push": push, "effort": effort}

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from app import plots
+from app import label_plots, plots
 from app.config import to_run_config
 from app.experiment import run_local
 from app.local_grid import LocalGrid
@@ -95,7 +95,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result
     takes a tenth of a second.
     """
     monkeypatch.setattr(plots, "overview", lambda *_: None)
-    monkeypatch.setattr(plots, "label_map", lambda *_: None)
+    monkeypatch.setattr(label_plots, "label_map", lambda *_: None)
 
     def run(
         *overrides: str,

@@ -13,7 +13,8 @@ import torch
 import yaml
 from PIL import Image
 
-from app.data import Dataset, digits, hold_out, npz, split_mask
+from app.arrays import npz
+from app.data import Dataset, digits, hold_out, split_mask
 from app.errors import UserError
 from app.images import imagefolder
 from app.synthetic import quadratics, synthetic_feddyn, synthetic_fedprox

@@ -12,7 +12,7 @@ from strategies.engine import Trained, choose, train
 from strategies.fedavg import FedAvg
 from strategies.feddyn import FedDyn
 from strategies.fedprox import FedProx
-from strategies.local import Job, Local, Part, Trainer, orders
+from strategies.local import Job, Local, Mean, Part, Trainer, orders
 from strategies.objective import Objective
 from strategies.randomness import address, permutations, uniforms, words
 from strategies.scaffold import Scaffold
@@ -218,3 +218,32 @@ def test_draws_are_uniform() -> None:
     bits = words(0, "bits", 1, [0], 0, 4096)[0]
     ones = sum(int(b).bit_count() for b in bits)
     assert abs(ones - 4096 * 32) < 4 * (4096 * 64) ** 0.5 / 2
+
+
+def test_batchnorm_statistics_travel_apart_from_the_model() -> None:
+    """Running statistics are averaged and returned; no algorithm's vector covers them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    objective = Objective(module.to(torch.float64), "cross_entropy", {})
+    parameters = sum(p.numel() for p in module.parameters())
+    assert objective.layout.size == parameters and objective.buffer_layout.size == 10
+    trainer = Trainer(FedDyn(alpha=0.5), SGD(0.1), Local(1, 4), objective, seed=0)
+    theta, buffers = objective.initial()
+    down = {"theta": theta, "buffers": buffers}
+    before = {n: b.clone() for n, b in module.named_buffers() if b.is_floating_point()}
+    results = list(train(trainer, down, jobs(trainer, [12, 8]), 1))
+    for trained in results:
+        assert trained.up["delta"].shape == (1, parameters)
+        assert trained.memory["gradient"].shape == (1, parameters)
+        assert trained.up["buffers"].shape == (1, 10)
+        assert not torch.allclose(trained.up["buffers"][0], buffers)
+    mean = Mean()
+    for trained in results:
+        mean.add({n: m[0] for n, m in trained.up.items()}, 1.0)
+    values = mean.value(torch.float64)
+    expected = (results[0].up["buffers"] + results[1].up["buffers"])[0] / 2
+    torch.testing.assert_close(values["buffers"], expected, rtol=0, atol=1e-15)
+    for name, buffer in module.named_buffers():
+        if name in before:
+            assert torch.equal(buffer, before[name]), "training wrote into the module"

@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from app import models
+from app.building import make_model
 from app.data import Dataset, Split
 from app.errors import UserError
 from app.layers import LSTM, Dropout, noise_shapes, probe
@@ -41,7 +42,7 @@ CASES = [
 
 @pytest.mark.parametrize(("model", "data", "count"), CASES)
 def test_parameter_counts_and_outputs(model, data, count):
-    module = models.make_model(model, data, seed=0).eval()
+    module = make_model(model, data, seed=0).eval()
     assert sum(p.numel() for p in module.parameters()) == count
     with torch.no_grad():
         assert module(data.train.x).shape == (2, data.classes)
@@ -49,14 +50,14 @@ def test_parameter_counts_and_outputs(model, data, count):
 
 def test_weights_depend_on_the_seed_alone():
     before = torch.get_rng_state()
-    first = models.make_model(models.mlp, MNIST, seed=1)
+    first = make_model(models.mlp, MNIST, seed=1)
     torch.rand(5)
-    again = models.make_model(models.mlp, MNIST, seed=1)
-    other = models.make_model(models.mlp, MNIST, seed=2)
+    again = make_model(models.mlp, MNIST, seed=1)
+    other = make_model(models.mlp, MNIST, seed=2)
     assert all(map(torch.equal, first.parameters(), again.parameters()))
     assert not torch.equal(first[1].weight, other[1].weight)
     torch.set_rng_state(before)
-    models.make_model(models.mlp, MNIST, seed=3)
+    make_model(models.mlp, MNIST, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -64,14 +65,14 @@ def test_regression_gives_one_number_for_each_sample_in_its_precision():
     x = torch.zeros(3, 4, dtype=torch.float64)
     split = Split(x, torch.zeros(3, dtype=torch.float64))
     data = Dataset(split, split, 0, "squared", None, [])
-    module = models.make_model(models.linear, data, seed=0)
+    module = make_model(models.linear, data, seed=0)
     assert module(x).shape == (3,)
     assert module(x).dtype == torch.float64
 
 
 def test_conv_models_fit_the_embedded_digits():
     digits = dataset((1, 8, 8))
-    assert models.make_model(models.cnn_mnist, digits, 0)(digits.train.x).shape == (
+    assert make_model(models.cnn_mnist, digits, 0)(digits.train.x).shape == (
         2,
         10,
     )
@@ -91,14 +92,14 @@ def test_conv_models_fit_the_embedded_digits():
 )
 def test_a_model_that_does_not_fit_is_told_in_one_line(model, data):
     with pytest.raises(UserError) as caught:
-        models.make_model(model, data, seed=0)
+        make_model(model, data, seed=0)
     assert "\n" not in str(caught.value)
 
 
 def test_noise_shapes_are_per_sample():
-    module = models.make_model(models.cnn_sophia, MNIST, seed=0)
+    module = make_model(models.cnn_sophia, MNIST, seed=0)
     assert noise_shapes(module) == {"4.noise": (20, 1, 1), "10.noise": (50,)}
-    assert noise_shapes(models.make_model(models.mlp, MNIST, seed=0)) == {}
+    assert noise_shapes(make_model(models.mlp, MNIST, seed=0)) == {}
 
 
 @pytest.mark.parametrize("channelwise", [False, True])
@@ -119,7 +120,7 @@ def test_dropout_has_the_semantics_of_torch(channelwise):
 
 
 def test_dropout_without_noise_refuses_to_train():
-    module = models.make_model(models.cnn_sophia, MNIST, seed=0)
+    module = make_model(models.cnn_sophia, MNIST, seed=0)
     with pytest.raises(RuntimeError, match="needs noise"):
         module(MNIST.train.x)
 
@@ -139,7 +140,7 @@ def test_dropout_drops_its_share():
 )
 def test_gradients_and_hessian_products_pass_through_vmap(model, data):
     """Three clients at once give what each gives alone."""
-    module = models.make_model(model, data, seed=0)
+    module = make_model(model, data, seed=0)
     generator = torch.Generator().manual_seed(0)
     params = {name: p.detach() for name, p in module.named_parameters()}
     many = {name: torch.stack([p, p * 0.5, p * 1.5]) for name, p in params.items()}

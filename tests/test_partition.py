@@ -5,18 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app import partition
+from app import by_class, partition
 from app.data import digits
 from app.errors import UserError
 
 COVERING = [
     partition.iid,
-    partition.dirichlet,
-    partition.dirichlet_balanced,
+    by_class.dirichlet,
+    by_class.dirichlet_balanced,
     partition.size,
     partition.natural,
 ]
-ALL = [*COVERING, partition.shards, partition.k_labels]
+ALL = [*COVERING, by_class.shards, by_class.k_labels]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def test_a_partition_is_a_function_of_its_seed(function, clients, seed, data):
     rows = data.draw(st.integers(300, 600))
     labels = np.random.default_rng(rows).permutation(rows) % 5
     owners = np.arange(rows) % clients
-    knobs = {"base": 2} if function is partition.k_labels else {}
-    if function in (partition.dirichlet, partition.dirichlet_balanced):
+    knobs = {"base": 2} if function is by_class.k_labels else {}
+    if function in (by_class.dirichlet, by_class.dirichlet_balanced):
         knobs["alpha"] = data.draw(st.floats(0.5, 100))
     parts = function(labels, owners, clients, seed, **knobs)
     assert len(parts) == clients
@@ -42,7 +42,7 @@ def test_a_partition_is_a_function_of_its_seed(function, clients, seed, data):
     assert all((np.diff(part) > 0).all() for part in parts)
     joined = np.concatenate(parts)
     assert len(np.unique(joined)) == len(joined)
-    if function in COVERING or (function is partition.shards and clients >= 5):
+    if function in COVERING or (function is by_class.shards and clients >= 5):
         assert len(joined) == rows
     again = function(labels, owners, clients, seed, **knobs)
     assert all(map(np.array_equal, parts, again))
@@ -72,10 +72,10 @@ def test_too_high_a_minimum_is_told(function, labels):
 @pytest.mark.parametrize(
     "function",
     [
-        partition.dirichlet,
-        partition.dirichlet_balanced,
-        partition.shards,
-        partition.k_labels,
+        by_class.dirichlet,
+        by_class.dirichlet_balanced,
+        by_class.shards,
+        by_class.k_labels,
     ],
 )
 def test_real_targets_have_no_classes(function):
@@ -86,19 +86,17 @@ def test_real_targets_have_no_classes(function):
 def test_iid_sizes_and_mix(labels):
     parts = partition.iid(labels, None, 7, 0)
     assert {len(part) for part in parts} == {285, 286}
-    counts = partition.label_counts(labels, parts, 10)
+    counts = by_class.label_counts(labels, parts, 10)
     assert counts.shape == (7, 10)
     np.testing.assert_array_equal(counts.sum(0), np.bincount(labels))
     assert np.abs(counts / 286 - np.arange(1, 11) / 55).max() < 0.08
 
 
-@pytest.mark.parametrize(
-    "function", [partition.dirichlet, partition.dirichlet_balanced]
-)
+@pytest.mark.parametrize("function", [by_class.dirichlet, by_class.dirichlet_balanced])
 def test_a_small_alpha_concentrates_classes(function, labels):
     def top(alpha):
         parts = function(labels, None, 10, 0, alpha=alpha)
-        counts = partition.label_counts(labels, parts, 10)
+        counts = by_class.label_counts(labels, parts, 10)
         return float((counts.max(1) / counts.sum(1)).mean())
 
     assert top(0.1) > top(1.0) > top(1000.0)
@@ -106,36 +104,36 @@ def test_a_small_alpha_concentrates_classes(function, labels):
 
 def test_dirichlet_gives_up_in_one_line(labels):
     with pytest.raises(UserError, match="alpha") as caught:
-        partition.dirichlet(labels, None, 100, 0, alpha=0.01, minimum=10)
+        by_class.dirichlet(labels, None, 100, 0, alpha=0.01, minimum=10)
     assert "\n" not in str(caught.value)
 
 
 def test_balanced_dirichlet_is_exact_and_follows_its_prior(labels):
-    parts = partition.dirichlet_balanced(labels, None, 10, 0, alpha=0.3)
+    parts = by_class.dirichlet_balanced(labels, None, 10, 0, alpha=0.3)
     assert [len(part) for part in parts] == [200] * 10
-    uneven = partition.dirichlet_balanced(labels, None, 7, 0)
+    uneven = by_class.dirichlet_balanced(labels, None, 7, 0)
     assert {len(part) for part in uneven} == {285, 286}
     # With more than enough of every class, the mix is the one that was drawn.
     many = np.arange(40_000) % 4
-    sizes = partition.dirichlet_balanced(many, None, 4, 0, alpha=1000.0)
-    shares = partition.label_counts(many, sizes, 4) / 10_000
+    sizes = by_class.dirichlet_balanced(many, None, 4, 0, alpha=1000.0)
+    shares = by_class.label_counts(many, sizes, 4) / 10_000
     assert np.abs(shares - 0.25).max() < 0.05
 
 
 def test_balanced_dirichlet_survives_vanishing_priors(labels):
-    parts = partition.dirichlet_balanced(labels, None, 20, 0, alpha=1e-3)
+    parts = by_class.dirichlet_balanced(labels, None, 20, 0, alpha=1e-3)
     assert sum(map(len, parts)) == 2000
-    skewed = partition.dirichlet_balanced(labels, None, 10, 0, sigma=1.0)
+    skewed = by_class.dirichlet_balanced(labels, None, 10, 0, sigma=1.0)
     assert max(map(len, skewed)) > 3 * min(map(len, skewed))
 
 
 def test_shards_have_so_many_classes(labels):
     for assignment in ("first-deterministic", "deterministic", "random"):
-        parts = partition.shards(labels, None, 15, 0, 3, assignment)
-        counts = partition.label_counts(labels, parts, 10)
+        parts = by_class.shards(labels, None, 15, 0, 3, assignment)
+        counts = by_class.label_counts(labels, parts, 10)
         assert ((counts > 0).sum(1) == 3).all()
     with pytest.raises(UserError, match="classes_per_client"):
-        partition.shards(labels, None, 5, 0, 11)
+        by_class.shards(labels, None, 5, 0, 11)
 
 
 def test_natural_clients_are_kept_in_order():
@@ -162,8 +160,8 @@ def test_sizes_spread_with_sigma(labels):
 
 def test_k_labels_are_consecutive_and_follow_the_power_law():
     labels = np.arange(60_000) % 10
-    parts = partition.k_labels(labels, None, 32, 0)
-    counts = partition.label_counts(labels, parts, 10)
+    parts = by_class.k_labels(labels, None, 32, 0)
+    counts = by_class.label_counts(labels, parts, 10)
     for client, row in enumerate(counts):
         owned = {(client + j) % 10 for j in range(3)}
         assert set(np.flatnonzero(row)) == owned
@@ -174,8 +172,8 @@ def test_k_labels_are_consecutive_and_follow_the_power_law():
 
 def test_k_labels_that_cannot_be_are_told():
     y = digits().train.y.numpy()
-    assert min(map(len, partition.k_labels(y, None, 32, 0))) >= 30
+    assert min(map(len, by_class.k_labels(y, None, 32, 0))) >= 30
     with pytest.raises(UserError, match="base=10 needs"):
-        partition.k_labels(y, None, 100, 0)
+        by_class.k_labels(y, None, 100, 0)
     with pytest.raises(UserError, match="labels_per_client=11"):
-        partition.k_labels(y, None, 5, 0, labels_per_client=11)
+        by_class.k_labels(y, None, 5, 0, labels_per_client=11)

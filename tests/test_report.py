@@ -10,7 +10,7 @@ import yaml
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-from app import report, sweep
+from app import report, sweep, tables
 from app.errors import UserError
 
 FINISHED = {"status": "finished"}
@@ -86,15 +86,15 @@ def test_labels_of_one_group_and_of_equal_short_names(tmp_path):
 
 def test_rounds_to_a_target(runs):
     first, second = report.load([runs / "dyn-0", runs / "dyn-1"])
-    assert report.rounds_to(first, 0.5) == 2
-    assert report.rounds_to(second, 0.5) == 1
-    assert report.rounds_to(first, 0.9) is None
-    assert report.rounds_to(first, 0.25, "loss") == 2
+    assert tables.rounds_to(first, 0.5) == 2
+    assert tables.rounds_to(second, 0.5) == 1
+    assert tables.rounds_to(first, 0.9) is None
+    assert tables.rounds_to(first, 0.25, "loss") == 2
 
 
 def test_the_table(runs):
     groups = report.group(report.load([runs]))
-    rows = {row["group"]: row for row in report.table(groups, [0.5, 0.9])}
+    rows = {row["group"]: row for row in tables.table(groups, [0.5, 0.9])}
     row = rows["strategy=feddyn alpha=0.1"]
     assert row["rounds_to"][0.5].mean == 1.5
     assert row["rounds_to"][0.5].sd == pytest.approx(math.sqrt(0.5))
@@ -109,9 +109,9 @@ def test_the_table(runs):
 
 
 def test_a_spread_tells_how_many_have_a_value():
-    spread = report.Spread.of([1.0, None, math.nan, 3.0])
+    spread = tables.Spread.of([1.0, None, math.nan, 3.0])
     assert spread.text(".1f") == "2.0 ± 1.4 (2/4)"
-    assert report.Spread.of([1.0]).text(".1f") == "1.0"
+    assert tables.Spread.of([1.0]).text(".1f") == "1.0"
 
 
 def test_the_command_line(runs, tmp_path, capsys):

@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from app import plots
 from app.errors import UserError
-from app.records import cumulative, series
-from app.rundir import RunDir, read_rounds, read_summary
+from app.records import cumulative, read_rounds, read_summary, series
+from app.rundir import RunDir
 
 SUMMARY = {
     "status": "finished",

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from app import plots, results, study
+from app import label_plots, plots, results, study
 from app.compose import names
 from app.config import load
 from app.errors import UserError
@@ -31,7 +31,7 @@ ROUNDS = Rule(rule="rounds", lead=["dyn"], rivals=["avg"], target=0.9)
 def plain(monkeypatch):
     """Draw no run's own figures: they take most of a tiny run's time."""
     monkeypatch.setattr(plots, "overview", lambda *_: None)
-    monkeypatch.setattr(plots, "label_map", lambda *_: None)
+    monkeypatch.setattr(label_plots, "label_map", lambda *_: None)
 
 
 def quiet():

@@ -1,0 +1,44 @@
+"""A run's summary as text of at most a screen."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def screen(summary: Mapping[str, Any], path: Path) -> str:
+    """Return the summary as aligned lines; what was not measured has no line."""
+
+    def number(key: str, form: str = ".4g") -> str:
+        value = summary.get(key)
+        return "not finite" if value is None else format(value, form)
+
+    lines = [("run", str(path))]
+    what = [str(summary[k]) for k in ("strategy", "data") if summary.get(k) is not None]
+    if what:
+        lines.append(("what", f"{' on '.join(what)}, seed {summary.get('seed')}"))
+    lines.append(("status", f"{summary.get('status')} after {number('rounds')} rounds"))
+    model = summary.get("reported_model")
+    of = f" of the {model} model" if model else ""
+    scored = summary.get("accuracy") is not None  # a regression has none
+    if scored:
+        text = number("accuracy", ".4f") + of
+        if summary.get("best_accuracy") is not None:
+            best, at = number("best_accuracy", ".4f"), summary.get("best_round")
+            text += f"; best {best} in round {at}"
+        lines.append(("accuracy", text))
+    if "loss" in summary:
+        lines.append(("loss", number("loss") + ("" if scored else of)))
+    for target, at in (summary.get("rounds_to") or {}).items():
+        reached = "not reached" if at is None else f"round {at}"
+        lines.append((f"accuracy {target}", reached))
+    if "bytes_down" in summary and "bytes_up" in summary:
+        down, up = ((summary[k] or 0) / 1e6 for k in ("bytes_down", "bytes_up"))
+        lines.append(("traffic", f"{down:,.2f} MB down, {up:,.2f} MB up"))
+    if summary.get("gradients") is not None:
+        lines.append(("gradients", number("gradients", ",")))
+    if "seconds" in summary:
+        lines.append(("time", f"{number('seconds', '.1f')} s"))
+    if summary.get("failures"):
+        lines.append(("failures", f"{summary['failures']} client rounds (clients.csv)"))
+    width = max(len(key) for key, _ in lines)
+    return "\n".join(f"{key:<{width}}  {text}" for key, text in lines)
