@@ -45,6 +45,9 @@ def compose(overrides: tuple[str, ...]) -> DictConfig:
             raise UserError(f"'{text}' is not key=value: {first_line(error)}") from None
     for override in parsed:
         key, value = override.key_or_group, override.value()
+        chosen = isinstance(value, str) or (key == "experiment" and value is None)
+        if key in GROUPS and not chosen:
+            raise UserError(f"{key}={value}: choose one of {', '.join(names(key))}")
         if key.partition(".")[0] == "study":
             raise UserError(f"'{key}' describes a study; it is no setting of a run")
         if key in GROUPS and isinstance(value, str) and value not in names(key):
@@ -57,7 +60,7 @@ def compose(overrides: tuple[str, ...]) -> DictConfig:
     with _hydra():
         try:
             return hydra.compose("config", list(overrides), return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             known = set()
             if len(groups) < len(overrides):
                 known = _keys(hydra.compose("config", list(groups)))

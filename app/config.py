@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
@@ -137,7 +138,8 @@ def _load(overrides: tuple[str, ...]) -> Config:
         options = plain[kind] if isinstance(plain[kind], dict) else {}
         target = options.pop("_target_", "")
         plain[kind] = {"name": choices[kind], "target": target, "options": options}
-    unknown = plain["local"].keys() - {f.name for f in dataclasses.fields(Local)}
+    section = plain["local"] if isinstance(plain["local"], dict) else {}
+    unknown = section.keys() - {f.name for f in dataclasses.fields(Local)}
     for key in unknown:
         hint = nearest(key, (f.name for f in dataclasses.fields(Local)))
         raise UserError(f"no setting is called 'local.{key}'; {hint}")
@@ -183,7 +185,7 @@ def from_run_config(run_config: Mapping[str, Any]) -> list[str]:
         default = getattr(defaults, key)
         default = default.name if isinstance(default, Group) else default
         if run_config[key] != default:
-            overrides.append(f"{key}={_quote(run_config[key])}")
+            overrides.append(f"{key}={quote(run_config[key])}")
     try:
         return overrides + shlex.split(str(run_config.get("overrides", "")))
     except ValueError as error:
@@ -195,9 +197,8 @@ def to_run_config(overrides: Sequence[str]) -> dict[str, str]:
     return {"overrides": shlex.join(overrides)}
 
 
-def _quote(value: Any) -> str:
+def quote(value: Any) -> str:
     """Return a value as Hydra's grammar reads it back."""
-    if not isinstance(value, str) or value.replace("_", "").isalnum():
+    if not isinstance(value, str):
         return str(value)
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    return QuotedString(text=value, quote=Quote.single).with_quotes()

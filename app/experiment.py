@@ -10,7 +10,6 @@ better), so that Hydra's optimizers work.
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from rich.progress import (
 
 from app.callbacks import Callback, Record
 from app.compose import CONF
-from app.config import Config, load, to_run_config
+from app.config import Config, load, quote, to_run_config
 from app.errors import UserError
 from app.host import setting
 from app.local_grid import LocalGrid
@@ -82,9 +81,13 @@ def run_flower(overrides: Sequence[str], say: Say = print) -> None:
     """
     config = load(overrides)
     setting(tuple(overrides))  # missing data and impossible partitions show here
-    place = f"output_dir={shlex.quote(str(Path(config.output_dir).resolve()))}"
+    folder = Path(config.output_dir).expanduser().resolve()
+    place = f"output_dir={quote(str(folder))}"
     text = to_run_config([*overrides, place])["overrides"]
-    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    # Flower ends a value at the next quote mark, escaped or not, so none is written.
+    quoted = "".join(
+        c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in text
+    )
     flwr = Path(sys.executable).with_name("flwr")
     command = [str(flwr), "run", str(CONF.parent), "--stream"]
     command += ["--run-config", f'overrides="{quoted}"']
@@ -149,7 +152,7 @@ def experiment(_: DictConfig) -> float | None:
     overrides = list(HydraConfig.get().overrides.task)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         # The runs of a sweep lie together, so that they can be compared.
-        overrides.append(f"output_dir={shlex.quote(HydraConfig.get().sweep.dir)}")
+        overrides.append(f"output_dir={quote(HydraConfig.get().sweep.dir)}")
     summary = main_once(overrides)
     return None if summary is None else objective_of(summary)
 

@@ -7,6 +7,7 @@ indices into them. A node of a deployment can point at data of its own instead, 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,16 +87,22 @@ def place(part: Split, config: Config) -> Split:
 def split(samples: Split, indices: np.ndarray, config: Config, k: int) -> Samples:
     """Cut client k's samples into training and test, at a seeded place of their order."""
     index = torch.from_numpy(indices)
-    kept = round(len(index) * config.client_test)
-    if config.client_test and kept in (0, len(index)):
-        raise UserError(
-            f"client_test={config.client_test}: client {k} has {len(index)} samples, "
-            "too few to keep some for training and some for testing"
-        )
+    kept = _kept(config, len(index), k)
     order = permutations(config.seed, "split", 0, [k], len(index))[0]
     train, test = index[order[kept:]].sort().values, index[order[:kept]].sort().values
     x, y = samples.x, samples.y
     return Samples(Part(x, y, train.to(x.device)), Part(x, y, test.to(x.device)))
+
+
+def _kept(config: Config, count: int, k: int) -> int:
+    """Return how many of a client's samples are kept from training."""
+    kept = round(count * config.client_test)
+    if config.client_test and kept in (0, count):
+        raise UserError(
+            f"client_test={config.client_test}: client {k} has {count} samples, "
+            "too few to keep some for training and some for testing"
+        )
+    return kept
 
 
 @functools.lru_cache(maxsize=2)
@@ -119,6 +126,8 @@ def setting(overrides: tuple[str, ...]) -> Setting:
         clients=config.clients + config.holdout_clients,
         seed=config.seed,
     )
+    for k, part in enumerate(parts):
+        _kept(config, len(part), k)
     known = {**vars(dataset), "train": train, "test": test}
     return Setting(config, Dataset(**known), parts)
 
@@ -157,12 +166,13 @@ def hosted(node: Mapping[str, Any], total: int) -> list[int]:
     if "clients" in node:
         found: list[int] = []
         for part in str(node["clients"]).split(","):
-            first, _, last = part.strip().partition("-")
-            if not first.isdigit() or not (last or "0").isdigit():
+            ends = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
+            span = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
+            if not span:
                 raise UserError(
                     f"node config clients={node['clients']}: write 0,3,8-11"
                 )
-            found.extend(range(int(first), int(last or first) + 1))
+            found.extend(span)
         wrong = [k for k in found if k >= total]
         if wrong:
             raise UserError(f"node config clients: {wrong[0]} is not below {total}")

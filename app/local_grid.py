@@ -8,6 +8,7 @@ tests and the home of notebooks.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import multiprocessing
 import time
@@ -89,7 +90,8 @@ class Worker:
         """Send the next message if none is under way."""
         if self.busy is None and self.waiting:
             self.busy = self.waiting.popleft()
-            self.pipe.send(self.busy)
+            with contextlib.suppress(OSError):  # it has died: collect() will see it
+                self.pipe.send(self.busy)
 
     def collect(self) -> Message:
         """Return the reply that is ready, or an error reply if the process has died."""
@@ -157,6 +159,7 @@ class LocalGrid(Grid):
         self.run_config = run_config
         self._contexts: dict[int, Context] = {}
         self._ids = itertools.count(1)
+        self._nodes = itertools.count(1000)
         self._replies: dict[str, Message] = {}
         for i in range(nodes):
             self._context({"partition-id": i, "num-partitions": nodes})
@@ -167,9 +170,7 @@ class LocalGrid(Grid):
             worker.assign(dict(mine))
 
     def _context(self, node_config: Mapping[str, Any]) -> Context:
-        node = 1000 + len(
-            self._contexts
-        )  # ids carry no meaning: nobody may rely on them
+        node = next(self._nodes)  # ids carry no meaning: nobody may rely on them
         context = Context(
             run_id=RUN_ID,
             node_id=node,

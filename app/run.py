@@ -227,7 +227,7 @@ class Run:
         received = time.perf_counter()
         federation.aggregate_train(round_, replies)
         told = federation.round
-        rows = list(told.rows.values())
+        rows = [told.rows[k] for k in sorted(told.rows)]
         record: dict[str, Any] = {"round": round_}
         every = self.config.evaluate_every
         if (every and round_ % every == 0) or round_ == self.config.rounds:
@@ -283,7 +283,8 @@ class Run:
         messages = federation.configure_evaluate(last, arrays, ConfigRecord(), grid)
         replies = grid.send_and_receive(messages, timeout=self.config.deadline)
         federation.aggregate_evaluate(last, replies)
-        self.directory.clients(list(federation.round.rows.values()))
+        rows = federation.round.rows
+        self.directory.clients([rows[k] for k in sorted(rows)])
 
     def _ask_callbacks(self, record: dict[str, Any]) -> str:
         """Show the record to the callbacks, add their metrics, and return why to stop."""

@@ -151,7 +151,8 @@ def remember(
         return
     store.save(client, version, memory)
     here = [v for v in store.versions(client) if v != version]
-    oldest = max((v for v in here if v <= keep), default=0)
+    # The oldest that can be named: a refused version in between must not stand in for it.
+    oldest = max((v for v in here if v <= min(keep, named)), default=0)
     for other in here:
         if other > named or other < oldest:
             store.drop(client, other)

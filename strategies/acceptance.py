@@ -60,6 +60,7 @@ class Accepted:
 
 def accept(
     reply: Message,
+    round_: int,
     asked: tuple[list[int], list[int]] | None,
     roster: Roster,
     sizes: Mapping[str, int],
@@ -71,6 +72,8 @@ def accept(
     ----------
     reply : Message
         What a node sent.
+    round_ : int
+        The round that is under way.
     asked : tuple of list of int, or None
         Whom the node was asked to train and to evaluate; None if it was not asked.
     roster : Roster
@@ -87,6 +90,8 @@ def accept(
     """
     if asked is None:
         raise Refused("was not asked in this round, or has answered already")
+    if reply.metadata.group_id != str(round_):
+        raise Refused("answers another round")
     if reply.has_error():
         raise Refused(reply.error.reason)
     content = reply.content
@@ -97,7 +102,7 @@ def accept(
     trained, evaluated = ids(report, "trained"), ids(report, "evaluated")
     if sorted([*trained, *faults]) != asked[0]:
         raise Refused(f"answers for clients {sorted([*trained, *faults])}"[:300])
-    if evaluated != asked[1]:
+    if evaluated != [k for k in asked[1] if k in set(evaluated)]:
         raise Refused(f"evaluates clients {evaluated}"[:300])
     columns = {n: numbers(report, n, len(trained)) for n in TRAINED}
     if columns["samples"] != [roster.samples[k] for k in trained]:
@@ -106,7 +111,7 @@ def accept(
     if "eval_accuracy" in report:
         scores["eval_accuracy"] = numbers(report, "eval_accuracy", len(evaluated))
     busy = numbers(report, "busy", 1)[0]
-    if busy < 0 or min(columns["steps"], default=1) < 1:
+    if busy < 0 or not all(1 <= n < 2**40 for n in columns["steps"]):
         raise Refused("report: seconds or steps are impossible")
     up: Vectors = {}
     if trained:

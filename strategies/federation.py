@@ -173,11 +173,10 @@ class Federation(Strategy):
 
         for reply in sorted(replies, key=first):
             node = reply.metadata.src_node_id
-            asked = self._asked.pop(node, None)
+            asked, number = self._asked.pop(node, None), self.round.number
             try:
-                accepted = accept(reply, asked, self.roster, sizes, dtype)
+                accepted = accept(reply, number, asked, self.roster, sizes, dtype)
             except Refused as error:
-                number = self.round.number
                 log(WARNING, "round %s: node %s refused: %s", number, node, error)
                 self.round.failed |= dict.fromkeys(
                     asked[0] if asked else [], str(error)

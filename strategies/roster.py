@@ -52,42 +52,38 @@ class Roster:
         self.samples: dict[int, int] = {}
         self.mean_samples = 0.0
         self.faults: dict[int, str] = {}
-        self._nodes: dict[int, list[int]] = {}
+        self._claims: dict[int, dict[int, int]] = {}
+        self._pending: dict[str, int] = {}
 
-    def call(self, grid: Grid, timeout: float = 60.0) -> None:
-        """Ask every node not yet known whom it hosts; forget the nodes that have left.
+    def call(self, grid: Grid) -> None:
+        """Ask the nodes that are new whom they host, and take in the answers that are there.
 
-        A client that two nodes claim stays with the first.
+        Nothing is waited for: an answer that comes later counts from the next call on. A client
+        that two nodes claim is the older node's, until that one leaves. A node whose answer was
+        refused is asked again.
         """
         present = set(grid.get_node_ids())
-        for node in self._nodes.keys() - present:
-            for k in self._nodes.pop(node):
-                del self.hosts[k]
-        new = sorted(present - self._nodes.keys())
-        if not new:
-            return
-        messages = [Message(RecordDict(), node, ROLL_CALL) for node in new]
-        replies = list(grid.send_and_receive(messages, timeout=timeout))
+        self._claims = {n: c for n, c in self._claims.items() if n in present}
+        self._pending = {m: n for m, n in self._pending.items() if n in present}
+        known = self._claims.keys() | set(self._pending.values())
+        for node in sorted(present - known):
+            message = Message(RecordDict(), node, ROLL_CALL)
+            self._pending |= dict.fromkeys(grid.push_messages([message]), node)
+        replies = list(grid.pull_messages(list(self._pending))) if self._pending else []
         for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
-            node = reply.metadata.src_node_id
-            self._nodes[node] = []
+            if reply.metadata.reply_to_message_id not in self._pending:
+                continue
+            node = self._pending.pop(reply.metadata.reply_to_message_id)
             try:
-                hosted = self._hosted(reply)
+                self._claims[node] = self._hosted(reply)
             except Refused as error:
                 self.faults[node] = str(error)
                 log(WARNING, "node %s refused at the roll call: %s", node, error)
-                continue
-            if doubled := hosted.keys() & self.hosts.keys():
-                log(
-                    WARNING,
-                    "node %s claims hosted clients %s",
-                    node,
-                    sorted(doubled)[:9],
-                )
-            hosted = {k: n for k, n in hosted.items() if k not in self.hosts}
-            self._nodes[node] = list(hosted)
-            self.hosts |= dict.fromkeys(hosted, node)
-            self.samples |= hosted
+        self.hosts = {}
+        for node, claim in self._claims.items():
+            for k, samples in claim.items():
+                if self.hosts.setdefault(k, node) == node:
+                    self.samples[k] = samples
 
     def _hosted(self, reply: Message) -> dict[int, int]:
         """Return client -> samples as a node told it, or raise Refused."""

@@ -104,9 +104,9 @@ def unpack(
             numbers = decode(record[name], sizes[name])
         except Refused as error:
             raise Refused(f"{name} {error}") from None
-        if not np.isfinite(numbers).all():
-            raise Refused(f"{name} holds NaN or infinity")
         vectors[name] = torch.from_numpy(numbers).to(dtype)
+        if not bool(torch.isfinite(vectors[name]).all()):
+            raise Refused(f"{name} holds NaN or infinity")
     return vectors
 
 
@@ -141,7 +141,7 @@ def numbers(record: MetricRecord, name: str, length: int) -> list[float]:
     values = record.get(name)
     if not isinstance(values, list) or len(values) != length:
         raise Refused(f"report: {name} must be a list of {length} numbers")
-    if not all(np.isfinite(values)):
+    if not all(abs(v) < float("inf") for v in values):
         raise Refused(f"report: {name} holds NaN or infinity")
     return [float(v) for v in values]
 
@@ -149,7 +149,7 @@ def numbers(record: MetricRecord, name: str, length: int) -> list[float]:
 def ids(record: MetricRecord, name: str) -> list[int]:
     """Return a list of client ids of a report, or raise Refused."""
     values = record.get(name)
-    if not isinstance(values, list) or not all(isinstance(v, int) for v in values):
+    if not isinstance(values, list) or not all(type(v) is int for v in values):
         raise Refused(f"report: {name} must be a list of client ids")
     return [int(v) for v in values]
 
@@ -158,7 +158,9 @@ def reasons(record: ConfigRecord) -> dict[int, str]:
     """Return the faults that a node reports, by client, each one line of at most 300 letters."""
     found = {}
     for key, value in record.items():
-        if not key.isdigit() or not isinstance(value, str):
+        if not (
+            key.isascii() and key.isdigit() and len(key) < 10 and isinstance(value, str)
+        ):
             raise Refused("faults: not a mapping of client ids to text")
         found[int(key)] = " ".join(value.split())[:300]
     return found

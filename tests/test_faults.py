@@ -27,7 +27,7 @@ from flwr.app import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import app.client_app
+import app.node
 import app.store
 from app.config import to_run_config
 from app.local_grid import LocalGrid
@@ -377,7 +377,7 @@ def broken(
             raise RuntimeError("no more\nmemory")
         return {n: torch.full_like(v, math.nan) for n, v in memory.items()}
 
-    monkeypatch.setattr(app.client_app, "recall", recall)
+    monkeypatch.setattr(app.node, "recall", recall)
 
 
 @pytest.mark.parametrize(
@@ -527,15 +527,24 @@ class RollCall:
         """Return the nodes."""
         return list(NODES)
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
+    def __init__(self) -> None:
+        self.replies: dict[str, Message] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Answer."""
         for message in messages:
             assert message.metadata.message_type == ROLL_CALL
             ids = NODES[message.metadata.dst_node_id]
+            message.metadata.__dict__["_message_id"] = name = f"call-{ids[0]}"
             record = MetricRecord({"clients": ids, "samples": [k + 1 for k in ids]})
-            yield Message(RecordDict({"hosted": record}), reply_to=message)
+            self.replies[name] = Message(
+                RecordDict({"hosted": record}), reply_to=message
+            )
+            yield name
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the answers."""
+        return [self.replies.pop(name) for name in message_ids]
 
 
 def honest(message: Message, algorithm: Algorithm) -> Message:
@@ -719,9 +728,9 @@ def test_no_reply_can_harm_the_server(
         assert changed == set(told.accepted)
         if not told.accepted:
             assert all(torch.equal(v, before[n]) for n, v in federation.server.items())
-        trained = [row["client"] for row in told.rows if "train_loss" in row]
+        trained = [row["client"] for row in told.rows.values() if "train_loss" in row]
         assert sorted(trained) == told.accepted
-        assert int(sum(row.get("gradients", 0) for row in told.rows)) >= 0
+        assert int(sum(row.get("gradients", 0) for row in told.rows.values())) >= 0
         vectors, rest = federation.state()
         federation.restore(vectors, json.loads(json.dumps(rest)))
 

@@ -1,0 +1,226 @@
+"""A node at work: it evaluates and trains the clients that it hosts, and reports on each.
+
+A client that fails is named in the report and left out of the node's mean.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from logging import WARNING
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from flwr.app import ConfigRecord, Context
+from flwr.common.logger import log
+from torch import Tensor
+
+from app.config import from_run_config, load
+from app.host import Samples, hosted, objective, samples, setting, trainer
+from app.store import ContextStore, DirectoryStore, Store, recall, remember
+from strategies.algorithm import Client, Vectors
+from strategies.engine import Trained, choose, train
+from strategies.federation import probe_direction
+from strategies.local import Job, Mean, Trainer
+
+
+class Node:
+    """A node's view of a run: its clients, their samples, and how to train them."""
+
+    def __init__(self, context: Context) -> None:
+        self.overrides = tuple(from_run_config(context.run_config))
+        self.config = load(self.overrides)
+        self.node = context.node_config
+        total = self.config.clients + self.config.holdout_clients
+        self.ids = hosted(self.node, total)
+        torch.set_num_threads(self.config.threads)
+
+    def samples(self, k: int) -> Samples:
+        """Return the samples of hosted client k."""
+        return samples(self.node, self.ids, self.overrides, k)
+
+    def trainer(self) -> Trainer:
+        """Return the run's trainer, built once for each process."""
+        return _trainer(self.overrides)
+
+    def store(self, context: Context, directory: str) -> Store:
+        """Return where the clients' memories are: a directory if there is one."""
+        path = str(self.node.get("state-dir", directory))
+        return DirectoryStore(Path(path)) if path else ContextStore(context.state)
+
+
+@functools.lru_cache(maxsize=2)
+def _trainer(overrides: tuple[str, ...]) -> Trainer:
+    config = load(overrides)
+    return trainer(config, objective(config, setting(overrides).dataset))
+
+
+@functools.lru_cache(maxsize=2)
+def _probe(seed: int, size: int) -> Tensor:
+    return probe_direction(seed, size)
+
+
+def evaluate(
+    node: Node, run: Trainer, down: Vectors, clients: list[int]
+) -> dict[str, Any]:
+    """Evaluate the received model on each client's own samples.
+
+    Clients that share their tensors are judged together, in large batches.
+    """
+    columns = ["samples", "held_out", "loss"]
+    if run.objective.classification:
+        columns.append("accuracy")
+    try:
+        rows = _scores(node, run, down, clients)
+    except Exception as error:  # an evaluation that fails must not cost the training
+        log(WARNING, "evaluation failed: %s", _told(error))
+        rows = {}
+    rows = {k: row for k, row in rows.items() if math.isfinite(row["loss"])}
+    report: dict[str, Any] = {
+        f"eval_{n}": [r[n] for r in rows.values()] for n in columns
+    }
+    return {"evaluated": list(rows), **report}
+
+
+def _scores(
+    node: Node, run: Trainer, down: Vectors, clients: list[int]
+) -> dict[int, dict[str, Any]]:
+    """Return what each client measures on the received model."""
+    parts = [node.samples(k).judged() for k in clients]
+    if not parts:
+        return {}
+    shared = parts[0][1]  # a node's clients share their tensors, or it hosts only one
+    index, sizes = torch.cat([p.index for _, p in parts]), [len(p) for _, p in parts]
+    losses, hits = run.objective.scores(
+        down["theta"], down["buffers"], shared.x, shared.y, index
+    )
+    loss = [float(v.mean()) for v in torch.split(losses, sizes)]
+    share = [0.0] * len(parts)
+    if run.objective.classification:
+        share = [float(v.mean()) for v in torch.split(hits.to(torch.float64), sizes)]
+    names = ("samples", "held_out", "loss", "accuracy")
+    held_out = [int(kept) for kept, _ in parts]
+    rows = zip(sizes, held_out, loss, share, strict=True)
+    return {
+        k: dict(zip(names, row, strict=True))
+        for k, row in zip(clients, rows, strict=True)
+    }
+
+
+def train_all(
+    node: Node, run: Trainer, down: Vectors, order: ConfigRecord, context: Context
+) -> tuple[Mean, dict[str, Any], dict[str, Any]]:
+    """Train the named clients.
+
+    Returns
+    -------
+    Mean
+        Of what they send up, in the algorithm's weights.
+    dict
+        The report: one entry for each client that trained.
+    dict
+        Client id to the reason why it did not.
+    """
+    round_, keep = cast(int, order["round"]), cast(int, order["keep"])
+    store = node.store(context, str(order.get("state_dir", "")))
+    named = dict(
+        zip(
+            cast(list[int], order["train"]),
+            cast(list[int], order["versions"]),
+            strict=True,
+        )
+    )
+    faults: dict[str, Any] = {}
+    jobs = []
+    for k, version in named.items():
+        try:
+            jobs.append(_job(node, run, down, store, k, version, order))
+        except Exception as error:
+            faults[str(k)] = _told(error)
+    device = node.config.torch_device
+    engine = choose(node.config.engine, run.objective, len(jobs), device)
+    mean = Mean()
+    rows: dict[int, tuple[int, float, int, float, float]] = {}
+    for trained in _safely(run, down, jobs, round_, engine, faults):
+        good = []
+        for row, client in enumerate(trained.clients):
+            try:
+                if reason := trained.fault(row):
+                    raise ArithmeticError(reason)
+                memory = {n: m[row] for n, m in trained.memory.items()}
+                remember(store, client.id, round_, named[client.id], keep, memory)
+            except Exception as error:
+                faults[str(client.id)] = _told(error)
+                continue
+            good.append(row)
+            rows[client.id] = (
+                client.samples,
+                float(trained.losses[row]),
+                trained.steps[row],
+                trained.seconds / len(trained.clients),
+                _audit(run, memory),
+            )
+        weights = [run.algorithm.weight(trained.clients[row]) for row in good]
+        if good:
+            mean.add_rows({n: m[good] for n, m in trained.up.items()}, weights)
+    ordered = sorted(rows)
+    columns = list(zip(*(rows[k] for k in ordered), strict=True)) or [()] * 5
+    names = ("samples", "train_loss", "steps", "seconds", "probe")
+    report = {n: list(c) for n, c in zip(names, columns, strict=True)}
+    return mean, {"trained": ordered, "engine": int(engine == "vmap"), **report}, faults
+
+
+def _job(
+    node: Node,
+    run: Trainer,
+    down: Vectors,
+    store: Store,
+    k: int,
+    version: int,
+    order: ConfigRecord,
+) -> Job:
+    """Return client k's training: its facts, its samples, its memory."""
+    part = node.samples(k).train
+    client = Client(k, len(part), len(part) / cast(float, order["mean_samples"]))
+    fresh = run.algorithm.fresh(down["theta"])
+    return Job(client, part, recall(store, k, version, fresh))
+
+
+def _safely(
+    run: Trainer,
+    down: Vectors,
+    jobs: list[Job],
+    round_: int,
+    engine: str,
+    faults: dict[str, Any],
+) -> Iterator[Trained]:
+    """Train, and find out who is at fault if it raises: one must not cost the others theirs."""
+    try:
+        if engine == "vmap":
+            yield from list(train(run, down, jobs, round_, engine))
+            return
+    except Exception as error:
+        log(
+            WARNING,
+            "vectorized training failed (%s); client after client",
+            _told(error),
+        )
+    for job in jobs:
+        try:
+            yield from list(train(run, down, [job], round_))
+        except Exception as error:
+            faults[str(job.client.id)] = _told(error)
+
+
+def _audit(run: Trainer, memory: Vectors) -> float:
+    """Return the product of a memory with the run's audit direction."""
+    if run.algorithm.mirror is None:
+        return 0.0
+    vector = memory[run.algorithm.mirror[0]].to("cpu", torch.float64)
+    return float(vector @ _probe(run.seed, len(vector)))
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
