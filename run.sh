@@ -74,5 +74,5 @@ case $command in
     sweep) exec python -m app.experiment -m "$@" ;;
     study) exec python -m app.study "$@" ;;
     report) exec python -m app.report "$@" ;;
-    test) exec python -m pytest "$@" ;;
+    test) exec python -m pytest -n 2 --dist loadfile "$@" ;;
 esac

@@ -104,11 +104,22 @@ class Config(Model):
     @property
     def torch_device(self) -> torch.device:
         """The device; ``auto`` is the first GPU if there is one."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device != "cpu" and not torch.cuda.is_available():
-            raise UserError(f"device={self.device}: no GPU is visible; use device=cpu")
-        return torch.device(self.device)
+        return device_of(self.device)
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device of a name; ``auto`` is the first GPU if there is one.
+
+    Raises
+    ------
+    UserError
+        If a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"device={name}: no GPU is visible; use device=cpu")
+    return torch.device(name)
 
 
 def load(overrides: Sequence[str]) -> Config:

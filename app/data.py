@@ -6,6 +6,7 @@ defaults stand in ``conf/data/NAME.yaml`` beside the dotted path of the function
 others live in `app.arrays`, `app.images`, `app.synthetic`, `app.text` and `app.vision`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -176,3 +177,25 @@ def digits(validation: Fraction = 0.0, seed: Seed = 0) -> Dataset:
         whole.take(train), whole.take(test), 10, "cross_entropy", None, names
     )
     return hold_out(data, validation, seed)
+
+
+def described(
+    shape: Sequence[Annotated[int, Field(ge=1)]],
+    classes: Annotated[int, Field(ge=0)],
+) -> Dataset:
+    """Describe data that only the nodes of a deployment hold.
+
+    The server builds the model from the description and evaluates nothing itself; each node
+    points at its samples by ``data-path`` in its node config.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape of one input.
+    classes : int
+        Number of classes; 0 is a regression.
+    """
+    dtype = torch.int64 if classes else torch.float32
+    none = Split(torch.zeros(0, *shape), torch.zeros(0, dtype=dtype))
+    loss = "cross_entropy" if classes else "squared"
+    return Dataset(none, none, classes, loss, None, [str(c) for c in range(classes)])

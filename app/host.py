@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from app.arrays import npz
-from app.binding import bind
+from app.binding import Group, bind
 from app.building import make_model
-from app.config import Config, load
+from app.config import Config, device_of, load
 from app.data import Dataset, Split
 from app.errors import UserError
 from app.images import imagefolder
@@ -28,6 +28,7 @@ from app.layers import noise_shapes
 from strategies.local import Part, Trainer
 from strategies.objective import Objective
 from strategies.randomness import permutations
+from strategies.wire import DTYPES
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,19 @@ class Setting:
     _cut: dict[int, Samples] = field(default_factory=dict)
 
     def samples(self, k: int) -> Samples:
-        """Return client k's samples, gathered the first time."""
+        """Return client k's samples, cut the first time."""
+        if not self.parts:
+            raise UserError(
+                f"client {k} has no samples: data={self.config.data.name} holds none, so "
+                "the config of its node must say data-path"
+            )
         if k not in self._cut:
             self._cut[k] = split(self.dataset.train, self.parts[k], self.config, k)
         return self._cut[k]
 
 
-def place(part: Split, config: Config) -> Split:
-    """Move samples to the run's device, floats in its dtype."""
-    dtype, device = config.torch_dtype, config.torch_device
+def place(part: Split, device: torch.device, dtype: torch.dtype) -> Split:
+    """Move samples to a device, floats in the given dtype."""
 
     def moved(t: Tensor) -> Tensor:
         return t.to(device, dtype) if t.is_floating_point() else t.to(device)
@@ -115,21 +120,30 @@ def setting(overrides: tuple[str, ...]) -> Setting:
         If the data are missing or cannot be partitioned as asked.
     """
     config = load(overrides)
-    dataset: Dataset = bind("data", config.data)()
-    train, test = place(dataset.train, config), place(dataset.test, config)
+    dataset = _dataset(config.data.model_dump_json(), config.dtype, config.device)
+    if not len(dataset.train.y):  # only the nodes hold samples
+        return Setting(config, dataset, [])
     partition = bind(
         "partition", config.partition, ("labels", "natural", "clients", "seed")
     )
     parts = partition(
-        labels=dataset.train.y.numpy(),
+        labels=dataset.train.y.cpu().numpy(),
         natural=dataset.natural,
         clients=config.clients + config.holdout_clients,
         seed=config.seed,
     )
     for k, part in enumerate(parts):
         _kept(config, len(part), k)
-    known = {**vars(dataset), "train": train, "test": test}
-    return Setting(config, Dataset(**known), parts)
+    return Setting(config, dataset, parts)
+
+
+@functools.lru_cache(maxsize=2)
+def _dataset(group: str, dtype: str, device: str) -> Dataset:
+    """Load a data set and place it; the runs of a sweep share it."""
+    dataset: Dataset = bind("data", Group.model_validate_json(group))()
+    where, kind = device_of(device), DTYPES[dtype]
+    placed = {n: place(getattr(dataset, n), where, kind) for n in ("train", "test")}
+    return Dataset(**{**vars(dataset), **placed})
 
 
 def objective(config: Config, dataset: Dataset) -> Objective:
@@ -199,9 +213,16 @@ def local_samples(path: str, label: str, overrides: tuple[str, ...]) -> Samples:
         dataset = npz(path=str(file), label=label)
     else:
         dataset = imagefolder(root=str(file))
-    return Samples(
-        whole(place(dataset.train, config)), whole(place(dataset.test, config))
-    )
+    expected = setting(overrides).dataset
+    shape, classes = tuple(expected.train.x.shape[1:]), expected.classes
+    if tuple(dataset.train.x.shape[1:]) != shape:
+        found = tuple(dataset.train.x.shape[1:])
+        raise UserError(f"{path}: samples of shape {found}; the run's have {shape}")
+    if classes and int(dataset.train.y.max()) >= classes:
+        raise UserError(f"{path}: has more classes than the run's {classes}")
+    device, dtype = config.torch_device, config.torch_dtype
+    parts = (place(p, device, dtype) for p in (dataset.train, dataset.test))
+    return Samples(*map(whole, parts))
 
 
 def whole(part: Split) -> Part:

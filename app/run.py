@@ -121,7 +121,7 @@ class Run:
                 f"output_dir={config.output_dir}: {error.strerror}"
             ) from error
         dataset = self.setting.dataset
-        if dataset.classes:
+        if dataset.classes and self.setting.parts:
             labels = dataset.train.y.cpu().numpy()
             counts = label_counts(labels, self.setting.parts, dataset.classes)
             directory.labels(counts, dataset.labels)

@@ -498,6 +498,27 @@ def test_a_node_with_data_of_its_own(run: Door, tmp_path: Path) -> None:
     assert {float(r["samples"]) for r in trained} == {40.0}
 
 
+def test_only_the_nodes_have_data(run: Door, tmp_path: Path) -> None:
+    whole, parts = setting(QUICK).dataset.train, setting(QUICK).parts
+    nodes = []
+    for k in range(6):
+        index = torch.from_numpy(parts[k])
+        x, y = whole.x[index].numpy(), whole.y[index].numpy()
+        np.savez(tmp_path / f"{k}.npz", x=x, y=y, x_test=x[:5], y_test=y[:5])
+        nodes.append({"clients": str(k), "data-path": str(tmp_path / f"{k}.npz")})
+    nowhere = ("data=described", "data.shape=[1,8,8]", "data.classes=10")
+    result = run(*nowhere, grid=named(*nodes))
+    everywhere = run(grid=named(*({"clients": str(k)} for k in range(6))))
+    assert torch.equal(result.theta, everywhere.theta)
+    assert result.summary["accuracy"] is None
+    assert result.summary["clients"]["accuracy_mean"] > 0
+    with pytest.raises(UserError, match="data-path"):
+        run(*nowhere, grid=named({"clients": "0-5"}))
+    wrong = ("data=described", "data.shape=[1,9,9]", "data.classes=10")
+    with pytest.raises(UserError, match=r"\(1, 8, 8\); the run's have \(1, 9, 9\)"):
+        run(*wrong, grid=named(*nodes))
+
+
 def test_data_of_its_own_is_one_clients(run: Door, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="name one client"):
         run(grid=named({"clients": "0-5", "data-path": str(tmp_path)}))
