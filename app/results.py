@@ -132,7 +132,8 @@ def cells(table: Table, metric: str, targets: Sequence[float]) -> list[list[str]
     sign = "≤" if better(metric) else "≥"
     head = ["variant", "runs", *(f"rounds to {sign} {t:g}" for t in targets)]
     head += [f"final {metric}", *([f"best {metric}"] if metric != DISTANCE else [])]
-    lines = [[*head, "MB sent", "gradients", "seconds"]]
+    # No seconds: runs share the machine with whatever else it does.
+    lines = [[*head, "MB sent", "gradients"]]
     form = ".4f" if metric == "accuracy" else ".3g"
     for name, seeds in table.items():
         runs = list(seeds.values())
@@ -143,7 +144,6 @@ def cells(table: Table, metric: str, targets: Sequence[float]) -> list[list[str]
             line.append(Spread.of(r[key] for r in runs).text(form))
         line.append(Spread.of(r["bytes"] / 1e6 for r in runs).text(".3g"))
         line.append(Spread.of(r["gradients"] for r in runs).text(",.0f"))
-        line.append(Spread.of(r["seconds"] for r in runs).text(".1f"))
         lines.append(line)
     return lines
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,12 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def _slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Return the dictionary that holds a named parameter, and its key there."""
+    path, _, attribute = name.rpartition(".")
+    return module.get_submodule(path)._parameters, attribute
+
+
 class Objective:
     """L(theta): the mean loss of a batch as a function of flat vectors.
 
@@ -83,20 +90,27 @@ class Objective:
             if n in persistent and b.is_floating_point()
         )
         self.dtype = next(module.parameters()).dtype
+        self._initial = (
+            self.layout.flatten(dict(module.named_parameters()), self.dtype),
+            self.buffer_layout.flatten(dict(module.named_buffers()), self.dtype),
+        )
+        # Where each parameter is held; one that is tied is held in several places.
+        everywhere = list(module.named_parameters(remove_duplicate=False))
+        self._slots = [
+            [_slot(module, other) for other, p in everywhere if p is parameter]
+            for _, parameter in module.named_parameters()
+        ]
 
     def initial(self) -> tuple[Tensor, Tensor]:
         """Return theta^0 of shape (d,) and the buffers of shape (b,)."""
-        theta = self.layout.flatten(dict(self.module.named_parameters()), self.dtype)
-        buffers = self.buffer_layout.flatten(
-            dict(self.module.named_buffers()), self.dtype
-        )
-        return theta, buffers
+        return self._initial
 
     def loss(
         self, theta: Tensor, buffers: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """Return the batch's mean loss in training mode, and the buffers after it."""
-        self.module.train()
+        if not self.module.training:
+            self.module.train()
         # BatchNorm writes its statistics in place: into a copy, so that this stays a function.
         after = buffers.clone() if buffers.numel() else buffers
         tensors = {
@@ -113,10 +127,27 @@ class Objective:
         self, theta: Tensor, buffers: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradient (d,), the loss and the buffers after the batch."""
-        theta = theta.detach().requires_grad_()
-        loss, buffers = self.loss(theta, buffers, batch)
-        (gradient,) = torch.autograd.grad(loss, theta)
-        return gradient, loss.detach(), buffers
+        if buffers.numel() or batch.noise:
+            theta = theta.detach().requires_grad_()
+            loss, buffers = self.loss(theta, buffers, batch)
+            (gradient,) = torch.autograd.grad(loss, theta)
+            return gradient, loss.detach(), buffers
+        # The hot path: views of theta in the module's own places cost less than a call that
+        # puts them there and back.
+        pieces = torch.split(theta.detach(), self.layout.sizes)
+        parts = [
+            piece.view(shape).requires_grad_()
+            for shape, piece in zip(self.layout.shapes, pieces, strict=True)
+        ]
+        for places, part in zip(self._slots, parts, strict=True):
+            for held, name in places:
+                held[name] = part
+        if not self.module.training:
+            self.module.train()
+        losses = self.losses(self.module(batch.x), batch.y)
+        loss = losses.mean() if batch.weights is None else batch.weights @ losses
+        gradients = torch.autograd.grad(loss, parts)
+        return torch.cat([g.reshape(-1) for g in gradients]), loss.detach(), buffers
 
     @torch.no_grad()
     def scores(

@@ -13,7 +13,7 @@ from strategies.fedavg import FedAvg
 from strategies.feddyn import FedDyn
 from strategies.fedprox import FedProx
 from strategies.local import Job, Local, Mean, Part, Trainer, orders
-from strategies.objective import Objective
+from strategies.objective import Batch, Objective
 from strategies.randomness import address, permutations, uniforms, words
 from strategies.scaffold import Scaffold
 from strategies.sgd import SGD
@@ -247,3 +247,34 @@ def test_batchnorm_statistics_travel_apart_from_the_model() -> None:
     for name, buffer in module.named_buffers():
         if name in before:
             assert torch.equal(buffer, before[name]), "training wrote into the module"
+
+
+class Tied(nn.Module):
+    """A weight that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("module", [Tied(), nn.Sequential(nn.Linear(6, 4))])
+def test_the_gradient_is_autograds(module: nn.Module) -> None:
+    objective = Objective(module.to(torch.float64), "cross_entropy", {})
+    start, buffers = objective.initial()
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 6, generator=random, dtype=torch.float64)
+    batch = Batch(x, torch.randint(0, 4, (9,), generator=random), {})
+    for _ in range(2):
+        theta = torch.randn(len(start), generator=random, dtype=torch.float64)
+        leaf = theta.clone().requires_grad_()
+        loss, _ = objective.loss(leaf, buffers, batch)
+        (expected,) = torch.autograd.grad(loss, leaf)
+        gradient, value, _ = objective.gradient(theta, buffers, batch)
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-14)
+        torch.testing.assert_close(value, loss.detach(), rtol=0, atol=1e-14)
+        assert torch.equal(objective.initial()[0], start), "training moved theta^0"
