@@ -20,6 +20,7 @@ from app.experiment import run_local
 from app.plan import plan, read, studies
 from app.records import read_summary
 from app.results import DOCS, page, publish, summarize
+from app.synthetic import QUADRATICS_A, QUADRATICS_B
 from app.verdict import Rule, judge
 
 #: A run of a preset in a second: one round, few clients, in this process.
