@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from app.config import Stop
+
 Record = Mapping[str, Any]
 Callback = Callable[[Record], tuple[bool, dict[str, float]]]
 
@@ -62,3 +64,13 @@ class Patience:
         return self.waited >= self.evaluations, {
             "evaluations_without_gain": self.waited
         }
+
+
+def stops(stop: Stop) -> list[Callback]:
+    """Return the callbacks that the configuration's ``stop`` asks for."""
+    found: list[Callback] = []
+    if stop.accuracy is not None:
+        found.append(Target(stop.accuracy))
+    if stop.patience is not None:
+        found.append(Patience(stop.patience, stop.least))
+    return found

@@ -21,9 +21,9 @@ from app.config import from_run_config, load
 from app.host import Samples, hosted, objective, samples, setting, trainer
 from app.store import ContextStore, DirectoryStore, Store, recall, remember
 from strategies.algorithm import Client, Vectors
-from strategies.engine import Trained, choose, train
+from strategies.engine import choose, train
 from strategies.federation import probe_direction
-from strategies.local import Job, Mean, Trainer
+from strategies.local import Job, Mean, Trained, Trainer
 
 
 class Node:

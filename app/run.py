@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from app import checkpoint
 from app.binding import bind
 from app.by_class import label_counts
-from app.callbacks import Callback, Patience, Target
+from app.callbacks import Callback, stops
 from app.config import load
 from app.errors import UserError
 from app.host import Setting, objective, setting
@@ -84,21 +84,12 @@ class Run:
             evaluate_every=self.config.evaluate_every,
             evaluate_clients=self.config.evaluate_clients,
         )
-        self.callbacks = [*self._stops(), *callbacks]
+        self.callbacks = [*stops(self.config.stop), *callbacks]
         self.records: list[dict[str, Any]] = []
         self.first = 1
         self.directory = self._resume() if self.config.resume else self._create()
         if self._keeps_files():
             self.federation.state_dir = str(self.directory.path / "clients")
-
-    def _stops(self) -> list[Callback]:
-        stop = self.config.stop
-        found: list[Callback] = []
-        if stop.accuracy is not None:
-            found.append(Target(stop.accuracy))
-        if stop.patience is not None:
-            found.append(Patience(stop.patience, stop.least))
-        return found
 
     def _keeps_files(self) -> bool:
         """Whether clients' memories go to files: a checkpoint without them is worth nothing."""

@@ -234,8 +234,7 @@ class Federation(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Enter the clients' scores into the round's rows."""
-        for _ in self._accepted(replies):
-            pass  # entering them is all
+        list(self._accepted(replies))  # which enters them; there is nothing to average
         return None
 
     def norms(self) -> dict[str, float]:

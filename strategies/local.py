@@ -7,6 +7,7 @@ The engines in `engine.py` run it, one client after another or many at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from strategies.algorithm import Algorithm, Client, Vectors
 from strategies.objective import Objective
-from strategies.randomness import permutations
+from strategies.randomness import permutations, uniforms
 from strategies.sgd import SGD
 
 
@@ -171,6 +172,58 @@ def orders(
         found.extend(torch.split(drawn, local.batch or samples, dim=1))
         epoch += 1
     return found[:total]
+
+
+def noise_of(
+    trainer: Trainer, round_: int, clients: Sequence[int], first: int, like: Tensor
+) -> dict[str, Tensor]:
+    """Draw the dropout noise of one batch, (len(clients), B, ...) for each layer.
+
+    ``first`` is the position of the batch in each client's sequence of samples, so that the
+    numbers do not depend on the engine.
+    """
+    noise, rows = {}, like.shape[1]
+    for name, shape in trainer.objective.noise_shapes.items():
+        width = math.prod(shape)
+        purpose = f"noise {name}"
+        drawn = uniforms(
+            trainer.seed, purpose, round_, clients, first * width, rows * width
+        )
+        noise[name] = drawn.view(len(clients), rows, *shape).to(like.device)
+    return noise
+
+
+@dataclass
+class Trained:
+    """What the local training of some clients gave, a row for each.
+
+    Attributes
+    ----------
+    clients : list of Client
+        Who they are.
+    up, memory : Vectors
+        Matrices (n, d): for the server, and for the clients' next participation.
+    losses : Tensor
+        Mean training loss of each over its steps, shape (n,).
+    steps : list of int
+        Local steps of each, with one gradient evaluation in a step.
+    seconds : float
+        Wall time of all of them together.
+    """
+
+    clients: list[Client]
+    up: Vectors
+    memory: Vectors
+    losses: Tensor
+    steps: list[int]
+    seconds: float
+
+    def fault(self, row: int) -> str:
+        """Say why a client's result must not be used; empty if it may be."""
+        for name, matrix in self.up.items():
+            if not bool(torch.isfinite(matrix[row]).all()):
+                return f"{name} is not finite (training diverged)"
+        return "" if math.isfinite(float(self.losses[row])) else "loss is not finite"
 
 
 @dataclass

@@ -8,11 +8,11 @@ from torch import nn
 
 from app.layers import Dropout, noise_shapes, probe
 from strategies.algorithm import Algorithm, Client
-from strategies.engine import Trained, choose, train
+from strategies.engine import choose, train
 from strategies.fedavg import FedAvg
 from strategies.feddyn import FedDyn
 from strategies.fedprox import FedProx
-from strategies.local import Job, Local, Mean, Part, Trainer, orders
+from strategies.local import Job, Local, Mean, Part, Trained, Trainer, orders
 from strategies.objective import Batch, Objective
 from strategies.randomness import address, permutations, uniforms, words
 from strategies.scaffold import Scaffold
