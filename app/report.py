@@ -28,7 +28,7 @@ from app.records import (
 from app.tables import Run, cells, markdown, show, table
 
 # Keys in which the runs of one group may differ.
-APART = ("seed", "output_dir", "resume")
+APART = ("seed", "output_dir", "resume", "name")
 
 
 def load(dirs: Sequence[Path | str]) -> list[Run]:
@@ -55,7 +55,7 @@ def load(dirs: Sequence[Path | str]) -> list[Run]:
 
 
 def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Group the runs that differ only in seed, output_dir and resume.
+    """Group the runs that differ only in seed, name and where they are written.
 
     Returns
     -------
