@@ -139,10 +139,10 @@ def _load(overrides: tuple[str, ...]) -> Config:
     choices = composed.hydra.runtime.choices
     with open_dict(composed):
         del composed["hydra"]
+    for key in sorted(OmegaConf.missing_keys(composed)):
+        raise UserError(f"{key} has no value; give one: {key}=...")
     try:
-        plain: Any = OmegaConf.to_container(
-            composed, resolve=True, throw_on_missing=True
-        )
+        plain: Any = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {first_line(error)}") from None
     for kind in GROUPS[:-1]:

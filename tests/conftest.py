@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,6 +20,10 @@ from app.config import to_run_config
 from app.experiment import run_local
 from app.local_grid import LocalGrid
 from app.run import Run
+
+# Examples are not timed: a machine may be busy. On CI they are the same each time.
+settings.register_profile("fedgrad", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("fedgrad")
 
 #: Six clients on the embedded digits, three of them in a round: well under a second.
 QUICK = (

@@ -54,6 +54,7 @@ def test_flowers_keys_and_defaults_are_hydras() -> None:
 def test_every_choice_of_every_group_composes() -> None:
     needs = {
         "data=npz": ["data.path=x.npz"],
+        "data=described": ["data.shape=[4]", "data.classes=3"],
         "data=imagefolder": ["data.root=x"],
         "data=text": ["data.path=x.txt"],
     }
@@ -83,14 +84,14 @@ PATHS = st.text(
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(PATHS)
 def test_any_output_dir_of_the_run_config_arrives(text: str) -> None:
     config = load(from_run_config({**run_config(), "output_dir": text}))
     assert config.output_dir == text
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(
     st.fixed_dictionaries(
         {
@@ -212,6 +213,7 @@ def door(
         (["runtime=cloud"], ["runtime='cloud'"]),
         (["seed=-1"], ["seed=-1"]),
         (["deadline=0"], ["deadline=0"]),
+        (["data=npz"], ["data.path has no value"]),
         (["strategy=null"], ["strategy"]),
         # Values that do not go together.
         (["clients=4", "clients_per_round=5"], ["clients_per_round=5", "clients=4"]),

@@ -682,7 +682,7 @@ def mutate(
     return [reply]
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from(sorted(ALGORITHMS)),
     st.lists(

@@ -27,7 +27,7 @@ def labels():
 
 
 @pytest.mark.parametrize("function", ALL)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(clients=st.integers(1, 12), seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_a_partition_is_a_function_of_its_seed(function, clients, seed, data):
     rows = data.draw(st.integers(300, 600))
