@@ -111,8 +111,10 @@ class Worker:
         return reply
 
     def close(self) -> None:
-        """End the process."""
+        """End the process: an idle one leaves by itself and cleans up, a busy one is told to."""
         self.pipe.close()
+        if self.busy is None:
+            self.process.join(5)
         self.process.terminate()
         self.process.join(5)
 

@@ -266,7 +266,7 @@ class Run:
 
     def _evaluate_clients(self, grid: Grid) -> None:
         """Let the clients evaluate the final model; the rows carry the round after the last."""
-        if self.config.evaluate_clients == "none" or not self.config.evaluate_every:
+        if self.config.evaluate_clients == "none":
             return
         federation = self.federation
         last = self.records[-1]["round"] + 1
