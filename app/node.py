@@ -144,11 +144,11 @@ def train_all(
     mean = Mean()
     rows: dict[int, tuple[int, float, int, float, float]] = {}
     for trained in _safely(run, down, jobs, round_, engine, faults):
-        good = []
+        good, bad, losses = [], trained.faults(), trained.losses.tolist()
         for row, client in enumerate(trained.clients):
             try:
-                if reason := trained.fault(row):
-                    raise ArithmeticError(reason)
+                if row in bad:
+                    raise ArithmeticError(bad[row])
                 memory = {n: m[row] for n, m in trained.memory.items()}
                 remember(store, client.id, round_, named[client.id], keep, memory)
             except Exception as error:
@@ -157,14 +157,17 @@ def train_all(
             good.append(row)
             rows[client.id] = (
                 client.samples,
-                float(trained.losses[row]),
+                losses[row],
                 trained.steps[row],
                 trained.seconds / len(trained.clients),
                 _audit(run, memory),
             )
         weights = [run.algorithm.weight(trained.clients[row]) for row in good]
         if good:
-            mean.add_rows({n: m[good] for n, m in trained.up.items()}, weights)
+            up = trained.up
+            if len(good) < len(trained.clients):
+                up = {n: m[good] for n, m in up.items()}
+            mean.add_rows(up, weights)
     ordered = sorted(rows)
     columns = list(zip(*(rows[k] for k in ordered), strict=True)) or [()] * 5
     names = ("samples", "train_loss", "steps", "seconds", "probe")

@@ -178,7 +178,7 @@ class RunDir:
             table.writerow(
                 {
                     key: " ".join(v.split()) if isinstance(v, str) else v
-                    for key, v in plain(row, finite=False).items()
+                    for key, v in row.items()
                 }
             )
         with open(self.path / CLIENTS, "a", encoding="utf-8") as file:

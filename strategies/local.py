@@ -218,12 +218,14 @@ class Trained:
     steps: list[int]
     seconds: float
 
-    def fault(self, row: int) -> str:
-        """Say why a client's result must not be used; empty if it may be."""
-        for name, matrix in self.up.items():
-            if not bool(torch.isfinite(matrix[row]).all()):
-                return f"{name} is not finite (training diverged)"
-        return "" if math.isfinite(float(self.losses[row])) else "loss is not finite"
+    def faults(self) -> dict[int, str]:
+        """Say, by row, whose result must not be used, and why."""
+        found: dict[int, str] = {}
+        for name, matrix in {"loss": self.losses[:, None], **self.up}.items():
+            fine = torch.isfinite(matrix).all(dim=1).tolist()
+            why = f"{name} is not finite (training diverged)"
+            found |= {row: why for row, good in enumerate(fine) if not good}
+        return found
 
 
 @dataclass

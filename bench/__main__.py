@@ -1,0 +1,205 @@
+"""`./run.sh bench`: seconds per round, side by side, one contender after another, several times.
+
+    ./run.sh bench                                  all workloads, all contenders, 5 repeats
+    ./run.sh bench --workloads W1,W4 --who local,bare-vmap --rounds 10 --repeats 3
+
+A repeat runs every contender once, each in a process of its own, so that a machine that slows down
+slows all of them. A contender's figure is the median over the repeats of the median round of each,
+the first round left out (it loads, compiles and connects). The accuracy after equally many rounds
+shows that the work was equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from app.environment import environment
+from app.errors import UserError, nearest
+from app.records import read_rounds, read_summary, write_atomic
+from bench.workloads import WORKLOADS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _ours(workload: str, rounds: int, runtime: str) -> dict[str, Any]:
+    """Run fedgrad and read its own record."""
+    from app.experiment import run_flower, run_local
+
+    with tempfile.TemporaryDirectory() as folder:
+        given = [f"rounds={rounds}", f"output_dir={folder}", "name=run", "nodes=2"]
+        overrides = [*WORKLOADS[workload].overrides, *given]
+        if runtime == "local":
+            run_local(overrides, say=lambda _: None)
+        else:
+            run_flower(overrides, say=lambda _: None)
+        path = Path(folder) / "run"
+        records, summary = read_rounds(path)[1:], read_summary(path) or {}
+        # The test set is evaluated in the last round alone, so that one is left out too.
+        seconds = [r["seconds"]["round"] for r in records[:-1]]
+        where = {
+            part: statistics.median(r["seconds"][part] for r in records[1:-1])
+            for part in ("client", "wire", "server")
+        }
+        return {
+            "seconds": seconds,
+            "accuracy": summary["accuracy"],
+            "where": where,
+            "engine": records[0]["engine"],
+        }
+
+
+def _bare(workload: str, rounds: int, how: str) -> dict[str, Any]:
+    from bench.bare import timed
+
+    return timed(workload, how, rounds)
+
+
+def _stock(workload: str, rounds: int, _: str) -> dict[str, Any]:
+    """Run stock Flower by `flwr run`, with a node for each client."""
+    from app.config import load
+
+    clients = load(WORKLOADS[workload].overrides).clients
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        config = f"workload='{workload}' rounds={rounds} out='{out}' root='{ROOT}'"
+        nodes = f"num-supernodes={clients} client-resources-num-cpus=1"
+        flwr = Path(sys.executable).with_name("flwr")
+        command = [str(flwr), "run", str(ROOT / "bench" / "stock"), "--stream"]
+        command += ["--run-config", config, "--federation-config", nodes]
+        environment_ = {
+            **os.environ,
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        }
+        done = subprocess.run(command, env=environment_, capture_output=True, text=True)
+        if not out.exists():
+            raise UserError(
+                f"stock Flower failed: {done.stdout[-500:]}{done.stderr[-500:]}"
+            )
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
+
+
+CONTENDERS: dict[str, tuple[Callable[[str, int, str], dict[str, Any]], str]] = {
+    "local": (_ours, "local"),
+    "flower": (_ours, "flower"),
+    "bare-loop": (_bare, "loop"),
+    "bare-vmap": (_bare, "vmap"),
+    "stock": (_stock, ""),
+}
+
+
+def measure(who: str, workload: str, rounds: int) -> dict[str, Any]:
+    """Run one contender in a process of its own and return what it says."""
+    command = [sys.executable, "-m", "bench", "--one", who, workload, str(rounds)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = [x for x in done.stdout.splitlines() if x.startswith('{"')]
+    if done.returncode or not lines:
+        raise UserError(f"{who} on {workload} failed: {done.stderr.strip()[-400:]}")
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def one(who: str, workload: str, rounds: int) -> None:
+    """Be a contender: print what it measured as one JSON line."""
+    function, argument = CONTENDERS[who]
+    found = function(workload, rounds, argument)
+    # KiB on Linux; the largest of this process and of those that it waited for.
+    usage = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(kind).ru_maxrss for kind in usage)
+    print(json.dumps({**found, "peak_mb": peak / 1024}), flush=True)
+
+
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the medians over the repeats of one contender on one workload."""
+    rounds = [statistics.median(run["seconds"][1:]) for run in runs]
+    found = {
+        "seconds": statistics.median(rounds),
+        "least": min(rounds),
+        "most": max(rounds),
+        "accuracy": statistics.mean(run["accuracy"] for run in runs),
+        "peak_mb": statistics.median(run["peak_mb"] for run in runs),
+        "repeats": len(runs),
+    }
+    for extra in ("where", "engine"):
+        if extra in runs[0]:
+            found[extra] = runs[-1][extra]
+    return found
+
+
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    """Return the results as a table; ratios are against the better of the two bare ones."""
+    shown = Table(
+        "workload", "who", "s/round", "min..max", "share of limit", "MB", "accuracy"
+    )
+    for workload, found in results.items():
+        bare = [found[n]["seconds"] for n in ("bare-loop", "bare-vmap") if n in found]
+        for who, numbers in found.items():
+            share = f"{min(bare) / numbers['seconds']:.2f}" if bare else ""
+            spread = f"{numbers['least']:.4f}..{numbers['most']:.4f}"
+            cells = [workload, who, f"{numbers['seconds']:.4f}", spread, share]
+            shown.add_row(
+                *cells, f"{numbers['peak_mb']:.0f}", f"{numbers['accuracy']:.4f}"
+            )
+    return shown
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="./run.sh bench", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--workloads", default=",".join(WORKLOADS))
+    parser.add_argument("--who", default=",".join(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        one(given.one[0], given.one[1], int(given.one[2]))
+        return 0
+    console = Console()
+    try:
+        for names, valid in ((given.workloads, WORKLOADS), (given.who, CONTENDERS)):
+            for name in names.split(","):
+                if name not in valid:
+                    raise UserError(f"'{name}' is not known; {nearest(name, valid)}")
+        if given.rounds < 4 or given.repeats < 1:
+            raise UserError("--rounds must be at least 4, --repeats at least 1")
+        results: dict[str, dict[str, dict[str, Any]]] = {}
+        for workload in given.workloads.split(","):
+            runs: dict[str, list[dict[str, Any]]] = {
+                w: [] for w in given.who.split(",")
+            }
+            for repeat in range(given.repeats):
+                for who in runs:
+                    console.print(f"{workload} {who} {repeat + 1}/{given.repeats}")
+                    runs[who].append(measure(who, workload, given.rounds))
+            results[workload] = {who: summarize(found) for who, found in runs.items()}
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    what = {name: WORKLOADS[name].what for name in results}
+    report = {"workloads": what, "rounds": given.rounds, "results": results}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(given.out, json.dumps({**report, **environment()}, indent=1) + "\n")
+    console.print(table(results))
+    console.print(str(given.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
