@@ -20,7 +20,7 @@ import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
@@ -153,7 +153,11 @@ def experiment(_: DictConfig) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         # The runs of a sweep lie together, so that they can be compared.
         overrides.append(f"output_dir={quote(HydraConfig.get().sweep.dir)}")
-    summary = main_once(overrides)
+    try:
+        summary = main_once(overrides)
+    except UserError as error:
+        # The kind of error that Hydra reports without a traceback.
+        raise CompactHydraException(f"error: {error}") from None
     return None if summary is None else objective_of(summary)
 
 

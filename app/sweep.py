@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -56,10 +57,15 @@ class SweepSummary(Callback):
             if hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
                 # The value raises when it is an error; the field behind it does not.
                 error = job_return._return_value
+                said = " ".join(str(error).split())
+                if isinstance(error, CompactHydraException):  # a user's mistake
+                    said = said.removeprefix("error: ")
+                else:
+                    said = f"{type(error).__name__}: {said}"
                 note = {
                     "job": hydra.job.num,
                     "overrides": list(job_return.overrides or []),
-                    "error": f"{type(error).__name__}: {' '.join(str(error).split())}",
+                    "error": said,
                 }
                 with open(Path(hydra.sweep.dir) / FAILURES, "a") as file:
                     file.write(json.dumps(note) + "\n")

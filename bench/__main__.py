@@ -108,7 +108,8 @@ def measure(who: str, workload: str, rounds: int) -> dict[str, Any]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = [x for x in done.stdout.splitlines() if x.startswith('{"')]
     if done.returncode or not lines:
-        raise UserError(f"{who} on {workload} failed: {done.stderr.strip()[-400:]}")
+        said = done.stderr.strip().splitlines() or ["nothing was said"]
+        raise UserError(f"{who} on {workload}: {said[-1].removeprefix('error: ')}")
     found: dict[str, Any] = json.loads(lines[-1])
     return found
 
@@ -169,7 +170,11 @@ def main() -> int:
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        one(given.one[0], given.one[1], int(given.one[2]))
+        try:
+            one(given.one[0], given.one[1], int(given.one[2]))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         return 0
     console = Console()
     try:

@@ -137,8 +137,8 @@ class Round:
     ----------
     number : int
         The round, from 1.
-    asked, accepted : list of int
-        The cohort that was asked, and whose replies count.
+    accepted : list of int
+        The clients whose replies count.
     failed : dict of int to str
         Who was left out, and why.
     rows : dict of int to dict
@@ -154,7 +154,6 @@ class Round:
     """
 
     number: int
-    asked: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)

@@ -116,7 +116,7 @@ class Federation(Strategy):
     ) -> list[Message]:
         """Return one message for each node that hosts any of these clients."""
         down = pack({**self.algorithm.down(self.server), "buffers": self.buffers})
-        self.round = Round(server_round, asked=train)
+        self.round = Round(server_round)
         self._asked, messages, hosts = {}, [], self.roster.hosts
         for node in sorted({hosts[k] for k in [*train, *evaluate]}):
             mine = [k for k in train if hosts[k] == node]

@@ -342,3 +342,22 @@ def test_the_objective_of_a_search(run: Callable[..., Result]) -> None:
     summary = run("rounds=1").summary
     assert experiment.objective_of(summary) == summary["accuracy"]
     assert experiment.objective_of({"accuracy": None, "loss": 2.0}) == -2.0
+
+
+def test_a_mistake_in_a_sweep_has_no_traceback(tmp_path: Path) -> None:
+    """What only shows when a job loads its data is told as shortly as any other mistake."""
+    words = [
+        "-m",
+        "data=mnist",
+        "data.root=nowhere",
+        "seed=0,1",
+        f"output_dir={tmp_path}",
+    ]
+    command = [sys.executable, "-m", "app.experiment", *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "error: MNIST cannot be read from data.root=nowhere" in done.stderr
+    assert "2 failed" in done.stdout and "Exception" not in done.stdout
