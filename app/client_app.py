@@ -20,10 +20,11 @@ app = ClientApp()
 
 @app.query("roll_call")
 def roll_call(message: Message, context: Context) -> Message:
-    """Tell which clients live here, and how many training samples each has."""
+    """Tell which clients live here, their numbers of samples, and whether they are bound here."""
     node = Node(context)
     counts = [len(node.samples(k).train) for k in node.ids]
-    report = MetricRecord({"clients": node.ids, "samples": counts})
+    bound = int(node.binds_clients())
+    report = MetricRecord({"clients": node.ids, "samples": counts, "bound": bound})
     return Message(RecordDict({"hosted": report}), reply_to=message)
 
 

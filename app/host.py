@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,14 +230,15 @@ def whole(part: Split) -> Part:
     return Part(part.x, part.y, torch.arange(len(part.y), device=part.y.device))
 
 
-def samples(
-    node: Mapping[str, Any], mine: list[int], overrides: tuple[str, ...], k: int
-) -> Samples:
-    """Return the samples of client k, one of those (``mine``) that a node hosts."""
+def source(
+    node: Mapping[str, Any], mine: list[int], overrides: tuple[str, ...]
+) -> Callable[[int], Samples]:
+    """Return the function that gives the samples of each client (``mine``) that a node hosts."""
     if "data-path" not in node:
-        return setting(overrides).samples(k)
+        return setting(overrides).samples
     if len(mine) != 1:
         raise UserError(
             "node config: data-path holds one client's data; name one client"
         )
-    return local_samples(str(node["data-path"]), str(node.get("label", "y")), overrides)
+    path, label = str(node["data-path"]), str(node.get("label", "y"))
+    return lambda _: local_samples(path, label, overrides)

@@ -18,7 +18,7 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from app.config import from_run_config, load
-from app.host import Samples, hosted, objective, samples, setting, trainer
+from app.host import hosted, objective, setting, source, trainer
 from app.store import ContextStore, DirectoryStore, Store, recall, remember
 from strategies.algorithm import Client, Vectors
 from strategies.engine import choose, train
@@ -35,15 +35,17 @@ class Node:
         self.node = context.node_config
         total = self.config.clients + self.config.holdout_clients
         self.ids = hosted(self.node, total)
+        self.samples = source(self.node, self.ids, self.overrides)
         torch.set_num_threads(self.config.threads)
-
-    def samples(self, k: int) -> Samples:
-        """Return the samples of hosted client k."""
-        return samples(self.node, self.ids, self.overrides, k)
 
     def trainer(self) -> Trainer:
         """Return the run's trainer, built once for each process."""
         return _trainer(self.overrides)
+
+    def binds_clients(self) -> bool:
+        """Return whether a client can train here alone: its samples or its memory are here."""
+        run, own = self.trainer(), {"clients", "data-path"} & self.node.keys()
+        return bool(own or run.algorithm.fresh(run.objective.initial()[0]))
 
     def store(self, context: Context, directory: str) -> Store:
         """Return where the clients' memories are: a directory if there is one."""
@@ -133,62 +135,48 @@ def train_all(
         )
     )
     faults: dict[str, Any] = {}
-    jobs = []
+    fresh, jobs = run.algorithm.fresh(down["theta"]), []
+    mean_samples = cast(float, order["mean_samples"])
     for k, version in named.items():
         try:
-            jobs.append(_job(node, run, down, store, k, version, order))
+            part = node.samples(k).train
+            size = len(part)
+            memory = recall(store, k, version, fresh)
+            jobs.append(Job(Client(k, size, size / mean_samples), part, memory))
         except Exception as error:
             faults[str(k)] = _told(error)
     device = node.config.torch_device
     engine = choose(node.config.engine, run.objective, len(jobs), device)
     mean = Mean()
-    rows: dict[int, tuple[int, float, int, float, float]] = {}
+    rows: list[tuple[int, int, float, int, float, float]] = []
     for trained in _safely(run, down, jobs, round_, engine, faults):
-        good, bad, losses = [], trained.faults(), trained.losses.tolist()
+        bad, losses, good = trained.faults(), trained.losses.tolist(), []
+        seconds = trained.seconds / len(trained.clients)
         for row, client in enumerate(trained.clients):
+            k, probe = client.id, 0.0
             try:
                 if row in bad:
                     raise ArithmeticError(bad[row])
-                memory = {n: m[row] for n, m in trained.memory.items()}
-                remember(store, client.id, round_, named[client.id], keep, memory)
+                if trained.memory:
+                    memory = {n: m[row] for n, m in trained.memory.items()}
+                    remember(store, k, round_, named[k], keep, memory)
+                    probe = _audit(run, memory)
             except Exception as error:
-                faults[str(client.id)] = _told(error)
+                faults[str(k)] = _told(error)
                 continue
             good.append(row)
-            rows[client.id] = (
-                client.samples,
-                losses[row],
-                trained.steps[row],
-                trained.seconds / len(trained.clients),
-                _audit(run, memory),
-            )
-        weights = [run.algorithm.weight(trained.clients[row]) for row in good]
+            steps = trained.steps[row]
+            rows.append((k, client.samples, losses[row], steps, seconds, probe))
         if good:
             up = trained.up
             if len(good) < len(trained.clients):
                 up = {n: m[good] for n, m in up.items()}
-            mean.add_rows(up, weights)
-    ordered = sorted(rows)
-    columns = list(zip(*(rows[k] for k in ordered), strict=True)) or [()] * 5
-    names = ("samples", "train_loss", "steps", "seconds", "probe")
-    report = {n: list(c) for n, c in zip(names, columns, strict=True)}
-    return mean, {"trained": ordered, "engine": int(engine == "vmap"), **report}, faults
-
-
-def _job(
-    node: Node,
-    run: Trainer,
-    down: Vectors,
-    store: Store,
-    k: int,
-    version: int,
-    order: ConfigRecord,
-) -> Job:
-    """Return client k's training: its facts, its samples, its memory."""
-    part = node.samples(k).train
-    client = Client(k, len(part), len(part) / cast(float, order["mean_samples"]))
-    fresh = run.algorithm.fresh(down["theta"])
-    return Job(client, part, recall(store, k, version, fresh))
+            weigh = run.algorithm.weight
+            mean.add_rows(up, [weigh(trained.clients[row]) for row in good])
+    columns = list(zip(*sorted(rows), strict=True)) or [()] * 6
+    names = ("trained", "samples", "train_loss", "steps", "seconds", "probe")
+    report: dict[str, Any] = {n: list(c) for n, c in zip(names, columns, strict=True)}
+    return mean, {"engine": int(engine == "vmap"), **report}, faults
 
 
 def _safely(

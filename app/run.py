@@ -83,6 +83,7 @@ class Run:
             seed=self.config.seed,
             evaluate_every=self.config.evaluate_every,
             evaluate_clients=self.config.evaluate_clients,
+            work=self.config.local.steps_of,
         )
         self.callbacks = [*stops(self.config.stop), *callbacks]
         self.records: list[dict[str, Any]] = []

@@ -171,16 +171,18 @@ class RunDir:
         ValueError
             If a row has a column that the file has not.
         """
+        unknown = {key for row in rows for key in row} - set(COLUMNS)
+        if unknown:
+            raise ValueError(f"{CLIENTS} has no column {sorted(unknown)}")
         text = io.StringIO()
-        table = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-        for row in rows:
-            # A line is a row, always: a torn one is then told by its missing line end.
-            table.writerow(
-                {
-                    key: " ".join(v.split()) if isinstance(v, str) else v
-                    for key, v in row.items()
-                }
-            )
+        # A line is a row, always: a torn one is then told by its missing line end.
+        csv.writer(text, lineterminator="\n").writerows(
+            [
+                " ".join(v.split()) if isinstance(v, str) else v
+                for v in (row.get(column) for column in COLUMNS)
+            ]
+            for row in rows
+        )
         with open(self.path / CLIENTS, "a", encoding="utf-8") as file:
             file.write(text.getvalue())
 

@@ -181,6 +181,7 @@ class Round:
         }
         for i, k in enumerate(reply.trained):
             rows[k] |= {
+                "node": reply.node,
                 "samples": roster.samples[k],
                 "train_loss": reply.columns["train_loss"][i],
                 "steps": int(reply.columns["steps"][i]),

@@ -85,7 +85,7 @@ def train(
             yield loop(trainer, down, job, round_)
         return
     longest = sorted(
-        jobs, key=lambda j: (-trainer.local.steps_of(len(j.part)), j.client.id)
+        jobs, key=lambda j: (-trainer.local.steps_of(j.client.samples), j.client.id)
     )
     vectors = 4 + len(trainer.algorithm.up) + 2 * len(jobs[0].memory) if jobs else 1
     room = ROOM[down["theta"].device.type] // (vectors * max(len(down["theta"]), 1))

@@ -8,7 +8,7 @@ reply changes nothing anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging import WARNING
 from typing import Any
 
@@ -55,6 +55,8 @@ class Federation(Strategy):
         Clients evaluate the model they receive every so many rounds; 0 never.
     evaluate_clients : str
         ``"all"``, ``"cohort"`` (both with the held-out clients) or ``"none"``.
+    work : callable
+        From a client's samples to the length of its training, by which nodes share the work.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Federation(Strategy):
         seed: int = 0,
         evaluate_every: int = 1,
         evaluate_clients: str = "all",
+        work: Callable[[int], int] = int,
     ) -> None:
         self.algorithm = algorithm
         self.server = algorithm.start(theta)
@@ -77,6 +80,7 @@ class Federation(Strategy):
         self.per_round = per_round
         self.evaluate_every = evaluate_every
         self.evaluate_clients = evaluate_clients
+        self.work = work
         self.ledger: dict[int, int] = {}
         self.probes: dict[int, float] = {}
         self.keep = 0
@@ -118,8 +122,9 @@ class Federation(Strategy):
         down = pack({**self.algorithm.down(self.server), "buffers": self.buffers})
         self.round = Round(server_round)
         self._asked, messages, hosts = {}, [], self.roster.hosts
-        for node in sorted({hosts[k] for k in [*train, *evaluate]}):
-            mine = [k for k in train if hosts[k] == node]
+        places = self.roster.place(train, self.work)
+        for node in sorted({*places.values(), *(hosts[k] for k in evaluate)}):
+            mine = [k for k in train if places[k] == node]
             order: dict[str, Any] = {
                 "round": server_round,
                 "train": mine,

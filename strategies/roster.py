@@ -1,4 +1,4 @@
-"""Who is there: which node hosts which client, how many samples each has, who is drawn.
+"""Who is there: which node hosts which client, how many samples each has, who trains where.
 
 Nodes are asked (a roll call); nothing is assumed from node ids or their order, so a node may join
 late and takes part from the next round on.
@@ -6,6 +6,8 @@ late and takes part from the next round on.
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Callable
 from logging import WARNING
 
 import torch
@@ -53,6 +55,7 @@ class Roster:
         self.mean_samples = 0.0
         self.faults: dict[int, str] = {}
         self._claims: dict[int, dict[int, int]] = {}
+        self._free: set[int] = set()
         self._pending: dict[str, int] = {}
 
     def call(self, grid: Grid) -> None:
@@ -76,6 +79,9 @@ class Roster:
             node = self._pending.pop(reply.metadata.reply_to_message_id)
             try:
                 self._claims[node] = self._hosted(reply)
+                report = reply.content.metric_records["hosted"]
+                if report.get("bound") == 0:
+                    self._free.add(node)
             except Refused as error:
                 self.faults[node] = str(error)
                 log(WARNING, "node %s refused at the roll call: %s", node, error)
@@ -112,6 +118,37 @@ class Roster:
         """Fix the mean of n_k over the training clients that are there, once for the run."""
         counts = [self.samples[k] for k in self.trainable()]
         self.mean_samples = sum(counts) / len(counts)
+
+    def place(self, cohort: list[int], work: Callable[[int], int]) -> dict[int, int]:
+        """Return the node that trains each client of a cohort.
+
+        A client trains on its host. Nodes that hold every client's samples and remember nothing,
+        as in a simulation of FedAvg, share their part of the cohort evenly instead: the largest
+        first, to the node with the least to do so far. The node's place in the order of its
+        clients, not its id, breaks ties, so that a run repeats.
+
+        Parameters
+        ----------
+        cohort : list of int
+            Whom to place.
+        work : callable
+            From a number of samples to the length of a training.
+        """
+        where = {k: self.hosts[k] for k in cohort}
+        free = [
+            node
+            for node, claim in sorted(
+                self._claims.items(), key=lambda item: min(item[1], default=0)
+            )
+            if claim and node in self._free
+        ]
+        loads = [(0, place, node) for place, node in enumerate(free)]
+        movable = [k for k in cohort if where[k] in set(free)]
+        for k in sorted(movable, key=lambda k: (-work(self.samples[k]), k)):
+            load, place, node = loads[0]
+            where[k] = node
+            heapq.heapreplace(loads, (load + work(self.samples[k]), place, node))
+        return where
 
     def client(self, k: int) -> Client:
         """Return the facts about client k."""

@@ -48,17 +48,19 @@ def schedule(
 ) -> Schedule:
     """Draw and pad the batches of some clients, sorted by their number of steps."""
     local = trainer.local
-    steps = [local.steps_of(len(job.part)) for job in jobs]
-    width = max(min(local.batch or len(j.part), len(j.part)) for j in jobs)
+    sizes = [job.client.samples for job in jobs]
+    steps = [local.steps_of(size) for size in sizes]
+    width = min(local.batch or max(sizes), max(sizes))
     rows = torch.zeros(len(jobs), steps[0], width, dtype=torch.int64)
     weights = torch.zeros(len(jobs), steps[0], width, dtype=dtype)
     first = torch.zeros(len(jobs), steps[0], dtype=torch.int64)
     # Clients with as many samples have batches of the same sizes: one draw serves them all.
-    places = sorted(range(len(jobs)), key=lambda i: len(jobs[i].part))
-    for samples, group in groupby(places, key=lambda i: len(jobs[i].part)):
+    places = sorted(range(len(jobs)), key=sizes.__getitem__)
+    for samples, group in groupby(places, key=sizes.__getitem__):
         at = torch.tensor(list(group))
-        who = [jobs[i].client.id for i in at.tolist()]
-        index = torch.stack([jobs[i].part.index.cpu() for i in at.tolist()])
+        mine = [jobs[i] for i in at.tolist()]
+        who = [job.client.id for job in mine]
+        index = torch.stack([job.part.index for job in mine]).cpu()
         done = 0
         for t, drawn in enumerate(orders(local, trainer.seed, round_, who, samples)):
             size = drawn.shape[1]

@@ -61,6 +61,24 @@ def test_the_number_of_nodes_does_not_matter(run: Door, strategy: str) -> None:
     assert cohorts(one) == cohorts(five) == cohorts(each)
 
 
+def trained_on(result: Result) -> list[list[str]]:
+    """Return the nodes that trained a client, for each round."""
+    trained = [row for row in rows(result) if row["train_loss"]]
+    rounds = sorted({int(row["round"]) for row in trained})
+    return [[r["node"] for r in trained if int(r["round"]) == t] for t in rounds]
+
+
+def test_nodes_share_a_cohort_evenly_unless_clients_remember(run: Door) -> None:
+    given = ("nodes=3", "clients=12", "clients_per_round=6", "rounds=6")
+    for nodes in trained_on(run("strategy=fedavg", *given)):
+        assert sorted(nodes.count(node) for node in set(nodes)) == [2, 2, 2]
+    # Client k lives on node k mod 3, with its memory.
+    bound = [set(nodes) for nodes in trained_on(run("strategy=feddyn", *given))]
+    hosts = [{k % 3 for k in cohort} for cohort in cohorts(run("rounds=6", *given))]
+    assert [len(nodes) for nodes in bound] == [len(nodes) for nodes in hosts]
+    assert any(len(nodes) < 3 for nodes in bound)
+
+
 def test_double_precision_agrees_much_closer(run: Door) -> None:
     one, each = (run("dtype=float64", f"nodes={n}") for n in (1, 6))
     assert one.theta.dtype == torch.float64
