@@ -15,6 +15,7 @@ nothing, and objects are refused.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -54,6 +55,20 @@ def decode(array: Array, size: int) -> np.ndarray:
     """
     if len(array.data) > 8 * size + 4096:
         raise Refused(f"has {len(array.data)} bytes, too many for {size} numbers")
+    numbers = shaped(array)
+    if numbers.shape != (size,):
+        raise Refused(f"has shape {numbers.shape}, expected ({size},)")
+    return numbers
+
+
+def shaped(array: Array) -> np.ndarray:
+    """Return the array's numbers in its own shape, without trusting anything about it.
+
+    Raises
+    ------
+    Refused
+        If it does not hold exactly the float32 or float64 numbers that its header says.
+    """
     stream = io.BytesIO(array.data)
     try:
         version = np.lib.format.read_magic(stream)
@@ -64,13 +79,14 @@ def decode(array: Array, size: int) -> np.ndarray:
         raise
     except Exception as error:
         raise Refused("is not a numpy array") from error
-    if shape != (size,):
-        raise Refused(f"has shape {tuple(shape)}, expected ({size},)")
     if dtype not in (np.float32, np.float64):
         raise Refused(f"has dtype {dtype}, expected float32 or float64")
-    if len(array.data) - stream.tell() != size * dtype.itemsize:
+    count = math.prod(shape)
+    left = len(array.data) - stream.tell()
+    if len(shape) > 8 or min(shape, default=0) < 0 or left != count * dtype.itemsize:
         raise Refused(f"has {len(array.data)} bytes, not what its header says")
-    return np.frombuffer(array.data, dtype, size, stream.tell()).copy()
+    numbers = np.frombuffer(array.data, dtype, count, stream.tell())
+    return numbers.reshape(shape).copy()
 
 
 def unpack(
