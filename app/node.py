@@ -20,6 +20,7 @@ from torch import Tensor
 from app.config import from_run_config, load
 from app.host import hosted, objective, setting, source, trainer
 from app.store import ContextStore, DirectoryStore, Store, recall, remember
+from strategies.acceptance import TRAINED
 from strategies.algorithm import Client, Vectors
 from strategies.engine import choose, train
 from strategies.federation import probe_direction
@@ -45,7 +46,7 @@ class Node:
     def binds_clients(self) -> bool:
         """Return whether a client can train here alone: its samples or its memory are here."""
         run, own = self.trainer(), {"clients", "data-path"} & self.node.keys()
-        return bool(own or run.algorithm.fresh(run.objective.initial()[0]))
+        return bool(own or run.fresh(run.objective.initial()[0]))
 
     def store(self, context: Context, directory: str) -> Store:
         """Return where the clients' memories are: a directory if there is one."""
@@ -135,7 +136,7 @@ def train_all(
         )
     )
     faults: dict[str, Any] = {}
-    fresh, jobs = run.algorithm.fresh(down["theta"]), []
+    fresh, jobs = run.fresh(down["theta"]), []
     mean_samples = cast(float, order["mean_samples"])
     for k, version in named.items():
         try:
@@ -148,10 +149,12 @@ def train_all(
     device = node.config.torch_device
     engine = choose(node.config.engine, run.objective, len(jobs), device)
     mean = Mean()
-    rows: list[tuple[int, int, float, int, float, float]] = []
+    rows: list[list[float]] = []
+    metrics = list(run.optimizer.metrics)
     for trained in _safely(run, down, jobs, round_, engine, faults):
         bad, losses, good = trained.faults(), trained.losses.tolist(), []
         seconds = trained.seconds / len(trained.clients)
+        told = [trained.told[name].tolist() for name in metrics]
         for row, client in enumerate(trained.clients):
             k, probe = client.id, 0.0
             try:
@@ -165,16 +168,19 @@ def train_all(
                 faults[str(k)] = _told(error)
                 continue
             good.append(row)
-            steps = trained.steps[row]
-            rows.append((k, client.samples, losses[row], steps, seconds, probe))
+            counts = trained.steps[row], trained.gradients[row]
+            numbers = [column[row] for column in told]
+            rows.append(
+                [k, client.samples, losses[row], *counts, seconds, probe, *numbers]
+            )
         if good:
             up = trained.up
             if len(good) < len(trained.clients):
                 up = {n: m[good] for n, m in up.items()}
             weigh = run.algorithm.weight
             mean.add_rows(up, [weigh(trained.clients[row]) for row in good])
-    columns = list(zip(*sorted(rows), strict=True)) or [()] * 6
-    names = ("trained", "samples", "train_loss", "steps", "seconds", "probe")
+    names = ["trained", *TRAINED, *(f"metrics.{name}" for name in metrics)]
+    columns = list(zip(*sorted(rows), strict=True)) or [()] * len(names)
     report: dict[str, Any] = {n: list(c) for n, c in zip(names, columns, strict=True)}
     return mean, {"engine": int(engine == "vmap"), **report}, faults
 

@@ -15,16 +15,15 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from app import checkpoint
-from app.binding import bind
 from app.by_class import label_counts
 from app.callbacks import Callback, stops
 from app.config import load
 from app.errors import UserError
-from app.host import Setting, objective, setting
+from app.host import Setting, objective, setting, trainer
 from app.records import read_rounds
 from app.resume import describe, find_unfinished
 from app.rundir import RunDir
-from app.summary import clients_block, line, summarize
+from app.summary import clients_block, line, summarize, training_block
 from strategies.engine import unfit
 from strategies.federation import Federation
 from strategies.objective import Objective
@@ -72,9 +71,12 @@ class Run:
         self.objective: Objective = objective(self.config, self.setting.dataset)
         if self.config.engine == "vmap" and (why := unfit(self.objective)):
             raise UserError(f"engine=vmap: {why}; use engine=auto")
+        local = trainer(self.config, self.objective)
+        if why := local.unfit():
+            raise UserError(f"optimizer={self.config.optimizer.name}: {why}")
         theta, buffers = self.objective.initial()
         self.federation = Federation(
-            bind("strategy", self.config.strategy)(),
+            local.algorithm,
             theta.cpu(),
             buffers.cpu(),
             clients=self.config.clients,
@@ -84,6 +86,7 @@ class Run:
             evaluate_every=self.config.evaluate_every,
             evaluate_clients=self.config.evaluate_clients,
             work=self.config.local.steps_of,
+            metrics=local.optimizer.metrics,
         )
         self.callbacks = [*stops(self.config.stop), *callbacks]
         self.records: list[dict[str, Any]] = []
@@ -238,6 +241,8 @@ class Run:
             "wire": wire - busy,
             "server": total - wire,
         }
+        if training := training_block(rows):
+            record["training"] = training
         record["gradients"] = int(sum(row.get("gradients", 0) for row in rows))
         record["engine"] = "+".join(sorted(told.engines))
         record["strategy"] = federation.norms()

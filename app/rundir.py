@@ -48,6 +48,7 @@ COLUMNS = (
     "steps",
     "gradients",
     "seconds",
+    "metrics",
     "error",
 )
 
@@ -177,11 +178,7 @@ class RunDir:
         text = io.StringIO()
         # A line is a row, always: a torn one is then told by its missing line end.
         csv.writer(text, lineterminator="\n").writerows(
-            [
-                " ".join(v.split()) if isinstance(v, str) else v
-                for v in (row.get(column) for column in COLUMNS)
-            ]
-            for row in rows
+            [_cell(row.get(column)) for column in COLUMNS] for row in rows
         )
         with open(self.path / CLIENTS, "a", encoding="utf-8") as file:
             file.write(text.getvalue())
@@ -250,6 +247,13 @@ def _line(record: Mapping[str, Any]) -> str:
 def _json(value: Any) -> str:
     """Return a value as the text of a JSON file."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def _cell(value: Any) -> Any:
+    """Return a value as one cell: text on one line, metrics as ``name=value name=value``."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={number:.6g}" for name, number in value.items())
+    return " ".join(value.split()) if isinstance(value, str) else value
 
 
 def _client_rows(file: Path, last_round: int) -> list[str]:

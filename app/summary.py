@@ -90,3 +90,10 @@ def clients_block(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             if len(values) and metric == "accuracy":
                 block[f"{prefix}{metric}_decile"] = float(values.quantile(0.1))
     return block
+
+
+def training_block(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the mean over clients of what the local optimizer tells of their training."""
+    told = [r["metrics"] for r in rows if "metrics" in r]
+    names = told[0] if told else ()
+    return {name: sum(t[name] for t in told) / len(told) for name in names}

@@ -6,7 +6,7 @@ node reports as failed are left out; a refused reply leaves out all that it shou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ from strategies.algorithm import Vectors
 from strategies.roster import Roster
 from strategies.wire import Refused, ids, numbers, reasons, unpack
 
-TRAINED = ("samples", "train_loss", "steps", "seconds", "probe")
+#: What a node reports of each trained client, besides the optimizer's own metrics.
+TRAINED = ("samples", "train_loss", "steps", "gradients", "seconds", "probe")
 EVALUATED = ("eval_samples", "eval_held_out", "eval_loss")
 
 
@@ -35,6 +36,8 @@ class Accepted:
         The clients that it covers.
     columns, scores : dict of str to list of float
         What the node reports of each trained, of each evaluated client.
+    metrics : dict of str to list of float
+        What the local optimizer tells of each trained client's training.
     faults : dict of int to str
         The clients that failed there, and why.
     busy : float
@@ -49,6 +52,7 @@ class Accepted:
     evaluated: list[int]
     columns: dict[str, list[float]]
     scores: dict[str, list[float]]
+    metrics: dict[str, list[float]]
     faults: dict[int, str]
     busy: float
     engine: str
@@ -65,6 +69,7 @@ def accept(
     roster: Roster,
     sizes: Mapping[str, int],
     dtype: torch.dtype,
+    metrics: Sequence[str] = (),
 ) -> Accepted:
     """Check a reply in every respect.
 
@@ -82,6 +87,8 @@ def accept(
         The vectors that must come up, and their lengths.
     dtype : torch.dtype
         The dtype to return.
+    metrics : sequence of str
+        Names of the numbers that the local optimizer tells of each training.
 
     Raises
     ------
@@ -110,9 +117,11 @@ def accept(
     scores = {n: numbers(report, n, len(evaluated)) for n in EVALUATED}
     if "eval_accuracy" in report:
         scores["eval_accuracy"] = numbers(report, "eval_accuracy", len(evaluated))
+    told = {n: numbers(report, f"metrics.{n}", len(trained)) for n in metrics}
     busy = numbers(report, "busy", 1)[0]
-    if busy < 0 or not all(1 <= n < 2**40 for n in columns["steps"]):
-        raise Refused("report: seconds or steps are impossible")
+    counts = [*columns["steps"], *columns["gradients"]]
+    if busy < 0 or not all(1 <= n < 2**40 for n in counts):
+        raise Refused("report: seconds, steps or gradients are impossible")
     up: Vectors = {}
     if trained:
         up = unpack(content.array_records.get("up", ArrayRecord()), sizes, dtype)
@@ -123,6 +132,7 @@ def accept(
         evaluated,
         columns,
         scores,
+        told,
         faults,
         busy,
         "vmap" if report.get("engine") == 1 else "loop",
@@ -185,9 +195,11 @@ class Round:
                 "samples": roster.samples[k],
                 "train_loss": reply.columns["train_loss"][i],
                 "steps": int(reply.columns["steps"][i]),
-                "gradients": int(reply.columns["steps"][i]),
+                "gradients": int(reply.columns["gradients"][i]),
                 "seconds": reply.columns["seconds"][i],
             }
+            if reply.metrics:
+                rows[k]["metrics"] = {n: v[i] for n, v in reply.metrics.items()}
         for i, k in enumerate(reply.evaluated):
             rows[k] |= {
                 "samples": roster.samples[k],

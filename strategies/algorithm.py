@@ -68,7 +68,12 @@ class Algorithm(Protocol):
         ``(memory, server)``: the names of a client memory vector and of the server vector that
         equals its mean over all clients after every round. The strategy audits it.
     up : tuple of str
-        The names of the vectors that ``finish`` returns for the server.
+        The names of the vectors that go to the server: those that ``finish`` returns, and
+        possibly some of ``needs``, as local training leaves them.
+    needs : tuple of str
+        What it cannot do without in the local optimizer's state (see `strategies.optimizer`):
+        ``effort``, or vectors, which start from those of the same name in ``down`` if they are
+        there.
     """
 
     @property
@@ -78,6 +83,10 @@ class Algorithm(Protocol):
     @property
     def up(self) -> tuple[str, ...]:
         """The names of the vectors that a client returns, each of shape (d,)."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What it relies on in the local optimizer's state."""
 
     # Client half.
 
@@ -100,7 +109,7 @@ class Algorithm(Protocol):
         """Return ``(up, memory)`` after local training.
 
         ``effort`` is the total weight with which directions entered ``theta``, a 0-dim tensor:
-        learning rate times steps for plain SGD.
+        learning rate times steps for plain SGD. It is NaN with an optimizer that has none.
         """
 
     # Server half.

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from strategies.curvature import Place
 from strategies.local import Job, Trained, Trainer, noise_of, orders, step
 from strategies.objective import Batch, Objective
 from strategies.vectorized import vectorized
@@ -99,22 +100,30 @@ def loop(
 ) -> Trained:
     """Train one client."""
     began = time.perf_counter()
-    objective, algorithm = trainer.objective, trainer.algorithm
+    objective, optimizer = trainer.objective, trainer.optimizer
     theta, buffers, part = down["theta"], down["buffers"], job.part
     anchor = theta
-    state = algorithm.begin(down, job.memory, job.client), trainer.optimizer.init(theta)
+    state = trainer.begin(down, job)
     losses, first, noisy = [], 0, bool(objective.noise_shapes)
     who = [job.client.id]
-    for drawn in orders(trainer.local, trainer.seed, round_, who, len(part)):
+    drawings = orders(trainer.local, trainer.seed, round_, who, len(part))
+    due = optimizer.refreshes(job.memory, round_, len(drawings))
+    for t, drawn in enumerate(drawings):
         rows = part.index[drawn[0].to(part.index.device)]
         noise = noise_of(trainer, round_, who, first, drawn) if noisy else {}
         noise = {n: v[0].to(part.x.device) for n, v in noise.items()}
         batch = Batch(part.x.index_select(0, rows), part.y.index_select(0, rows), noise)
+        if t in due and optimizer.curvature:
+            place = Place(trainer.seed, round_, job.client.id, t, first)
+            random = trainer.draw(place, batch.y.shape).to(theta.device)
+            estimate = optimizer.curvature.estimate
+            h = estimate(objective, theta, buffers, batch, random)
+            state = state[0], optimizer.refresh(state[1], h)
         gradient, loss, buffers = objective.gradient(theta, buffers, batch)
         theta, state = step(trainer, theta, anchor, state, gradient, round_)
         losses.append(loss)
         first += drawn.shape[1]
-    up, memory = algorithm.finish(theta, anchor, state[0], state[1]["effort"])
+    up, memory, told = trainer.finish(theta, anchor, state)
     if buffers.numel():
         up["buffers"] = buffers
     return Trained(
@@ -123,5 +132,7 @@ def loop(
         {n: v[None] for n, v in memory.items()},
         torch.stack(losses).mean()[None],
         [len(losses)],
+        [len(losses) + trainer.extra(due)],
+        {n: v[None] for n, v in told.items()},
         time.perf_counter() - began,
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Gt
 from torch import Tensor
@@ -38,7 +38,12 @@ class FedAvg:
     server_lr: Annotated[float, Gt(0)] = 1.0
 
     mirror = None
-    up = ("delta",)
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def up(self) -> tuple[str, ...]:
+        """The difference alone."""
+        return ("delta",)
 
     def fresh(self, theta: Tensor) -> Vectors:
         """Return nothing: there is no memory."""

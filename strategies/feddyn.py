@@ -59,6 +59,7 @@ class FedDyn:
     report: Literal["server", "active", "all"] = "server"
 
     mirror = ("gradient", "h")
+    needs = ()
 
     def __post_init__(self) -> None:
         """Refuse to report a model that is not kept."""

@@ -8,7 +8,7 @@ reply changes nothing anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import WARNING
 from typing import Any
 
@@ -57,6 +57,8 @@ class Federation(Strategy):
         ``"all"``, ``"cohort"`` (both with the held-out clients) or ``"none"``.
     work : callable
         From a client's samples to the length of its training, by which nodes share the work.
+    metrics : sequence of str
+        Names of the numbers that the local optimizer tells of each training.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Federation(Strategy):
         evaluate_every: int = 1,
         evaluate_clients: str = "all",
         work: Callable[[int], int] = int,
+        metrics: Sequence[str] = (),
     ) -> None:
         self.algorithm = algorithm
         self.server = algorithm.start(theta)
@@ -81,6 +84,7 @@ class Federation(Strategy):
         self.evaluate_every = evaluate_every
         self.evaluate_clients = evaluate_clients
         self.work = work
+        self.metrics = metrics
         self.ledger: dict[int, int] = {}
         self.probes: dict[int, float] = {}
         self.keep = 0
@@ -180,7 +184,9 @@ class Federation(Strategy):
             node = reply.metadata.src_node_id
             asked, number = self._asked.pop(node, None), self.round.number
             try:
-                accepted = accept(reply, number, asked, self.roster, sizes, dtype)
+                accepted = accept(
+                    reply, number, asked, self.roster, sizes, dtype, self.metrics
+                )
             except Refused as error:
                 log(WARNING, "round %s: node %s refused: %s", number, node, error)
                 self.round.failed |= dict.fromkeys(

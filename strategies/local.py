@@ -8,7 +8,7 @@ The engines in `engine.py` run it, one client after another or many at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -17,9 +17,10 @@ from annotated_types import Ge
 from torch import Tensor
 
 from strategies.algorithm import Algorithm, Client, Vectors
+from strategies.curvature import Place
 from strategies.objective import Objective
+from strategies.optimizer import Optimizer
 from strategies.randomness import permutations, uniforms
-from strategies.sgd import SGD
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Trainer:
     ----------
     algorithm : Algorithm
         The algorithm, of which the client half is used.
-    optimizer : SGD
+    optimizer : Optimizer
         The local optimizer.
     local : Local
         The length of local training.
@@ -109,10 +110,58 @@ class Trainer:
     """
 
     algorithm: Algorithm
-    optimizer: SGD
+    optimizer: Optimizer
     local: Local
     objective: Objective
     seed: int
+
+    def unfit(self) -> str:
+        """Say why algorithm, optimizer and model cannot work together; empty if they can."""
+        theta, _ = self.objective.initial()
+        for name in self.algorithm.needs:
+            if name not in self.optimizer.init(theta, {}):
+                kind = type(self.algorithm).__name__
+                return f"{kind} needs an optimizer that has {name}"
+        return self.optimizer.unfit(self.objective)
+
+    def fresh(self, theta: Tensor) -> Vectors:
+        """Return the memory of a client that has not taken part yet."""
+        return {**self.algorithm.fresh(theta), **self.optimizer.fresh(theta)}
+
+    def begin(self, down: Mapping[str, Tensor], job: Job) -> tuple[Vectors, Vectors]:
+        """Return the state before the first local step: the algorithm's, the optimizer's."""
+        optimizer, sent = self.optimizer, self.algorithm.needs
+        own = {n: v for n, v in job.memory.items() if n not in optimizer.kept}
+        kept = {n: v for n, v in job.memory.items() if n in optimizer.kept}
+        kept |= {n: down[n] for n in sent if n in down}
+        return (
+            self.algorithm.begin(down, own, job.client),
+            optimizer.init(down["theta"], kept),
+        )
+
+    def finish(
+        self, theta: Tensor, anchor: Tensor, state: tuple[Vectors, Vectors]
+    ) -> tuple[Vectors, Vectors, Vectors]:
+        """Return what goes up, the memory, and the numbers to tell, after local training."""
+        constant, moving = state
+        effort = moving.get("effort")
+        if effort is None:
+            effort = torch.full_like(theta[0], math.nan)
+        up, memory = self.algorithm.finish(theta, anchor, constant, effort)
+        up = up | {n: moving[n] for n in self.algorithm.up if n not in up}
+        memory = memory | {n: moving[n] for n in self.optimizer.kept}
+        return up, memory, self.optimizer.told(moving)
+
+    def draw(self, place: Place, targets: torch.Size) -> Tensor:
+        """Return the random numbers of one client's estimate of the curvature."""
+        curvature, size = self.optimizer.curvature, self.objective.layout.size
+        assert curvature is not None, "an optimizer that refreshes has an estimator"
+        return curvature.draw(place, targets, size)
+
+    def extra(self, due: Collection[int]) -> int:
+        """Return the gradient evaluations of so many estimates."""
+        curvature = self.optimizer.curvature
+        return curvature.cost * len(due) if curvature else 0
 
 
 def clip(gradient: Tensor, largest: float) -> Tensor:
@@ -205,8 +254,10 @@ class Trained:
         Matrices (n, d): for the server, and for the clients' next participation.
     losses : Tensor
         Mean training loss of each over its steps, shape (n,).
-    steps : list of int
-        Local steps of each, with one gradient evaluation in a step.
+    steps, gradients : list of int
+        Local steps of each, and the gradient evaluations that they took, estimates included.
+    told : Vectors
+        Numbers (n,) about each one's training, by the names in the optimizer's ``metrics``.
     seconds : float
         Wall time of all of them together.
     """
@@ -216,12 +267,16 @@ class Trained:
     memory: Vectors
     losses: Tensor
     steps: list[int]
+    gradients: list[int]
+    told: Vectors
     seconds: float
 
     def faults(self) -> dict[int, str]:
         """Say, by row, whose result must not be used, and why."""
         found: dict[int, str] = {}
-        for name, matrix in {"loss": self.losses[:, None], **self.up}.items():
+        told = {name: numbers[:, None] for name, numbers in self.told.items()}
+        rows = {"loss": self.losses[:, None], **self.up, **told}
+        for name, matrix in rows.items():
             fine = torch.isfinite(matrix).all(dim=1).tolist()
             why = f"{name} is not finite (training diverged)"
             found |= {row: why for row, good in enumerate(fine) if not good}

@@ -17,6 +17,9 @@ from torch.nn import functional as F
 
 from strategies.vector import Layout
 
+#: The target of a place that is padding, as torch marks it.
+IGNORED = -100
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -27,7 +30,8 @@ class Batch:
     x : Tensor
         Inputs, shape (B, ...).
     y : Tensor
-        Targets, shape (B,): int64 classes, or floats in a regression.
+        Targets, shape (B,): int64 classes, or floats in a regression. Sequences of classes
+        are (B, T), `IGNORED` where there is no target.
     noise : mapping of str to Tensor
         Uniform numbers for the model's dropout layers, by buffer name, shape (B, ...).
     weights : Tensor or None
@@ -41,8 +45,18 @@ class Batch:
 
 
 def cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return the loss of each sample, shape (B,), of logits of shape (B, C)."""
-    return F.cross_entropy(outputs, y, reduction="none")
+    """Return the loss of each sample, shape (B,), of logits of shape (B, C).
+
+    A sample may have several targets, (B, T) with logits (B, T, C): its loss is their mean,
+    without those that are `IGNORED`.
+    """
+    if y.ndim == 1:
+        return F.cross_entropy(outputs, y, reduction="none")
+    losses = F.cross_entropy(
+        outputs.movedim(-1, 1), y, reduction="none", ignore_index=IGNORED
+    )
+    counts = (y != IGNORED).flatten(1).sum(1).clamp(min=1)
+    return losses.flatten(1).sum(1) / counts
 
 
 def squared(outputs: Tensor, y: Tensor) -> Tensor:
@@ -105,10 +119,10 @@ class Objective:
         """Return theta^0 of shape (d,) and the buffers of shape (b,)."""
         return self._initial
 
-    def loss(
+    def outputs(
         self, theta: Tensor, buffers: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor]:
-        """Return the batch's mean loss in training mode, and the buffers after it."""
+        """Return the batch's outputs in training mode, and the buffers after it."""
         if not self.module.training:
             self.module.train()
         # BatchNorm writes its statistics in place: into a copy, so that this stays a function.
@@ -118,10 +132,29 @@ class Objective:
             **self.buffer_layout.unflatten(after),
             **batch.noise,
         }
-        outputs = functional_call(self.module, tensors, (batch.x,))
+        return functional_call(self.module, tensors, (batch.x,)), after.detach()
+
+    def loss(
+        self, theta: Tensor, buffers: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Return the batch's mean loss in training mode, and the buffers after it."""
+        outputs, after = self.outputs(theta, buffers, batch)
         losses = self.losses(outputs, batch.y)
         loss = losses.mean() if batch.weights is None else batch.weights @ losses
-        return loss, after.detach()
+        return loss, after
+
+    def product(
+        self, theta: Tensor, buffers: Tensor, batch: Batch, vector: Tensor
+    ) -> Tensor:
+        """Return the Hessian of the batch's mean loss times a vector, shape (d,)."""
+
+        def slope(point: Tensor) -> Tensor:
+            gradient = torch.func.grad(lambda p: self.loss(p, buffers, batch)[0])
+            along: Tensor = gradient(point) @ vector
+            return along
+
+        product: Tensor = torch.func.grad(slope)(theta)
+        return product
 
     def gradient(
         self, theta: Tensor, buffers: Tensor, batch: Batch

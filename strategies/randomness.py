@@ -87,6 +87,29 @@ def uniforms(
     return torch.from_numpy(bits.astype(np.float32) * np.float32(2.0**-24))
 
 
+def signs(
+    seed: int, purpose: str, round_: int, clients: Sequence[int], start: int, count: int
+) -> Tensor:
+    """Return Rademacher numbers, -1 or 1, float64 of shape (len(clients), count)."""
+    bits = words(seed, purpose, round_, clients, start, count) >> np.uint64(63)
+    return torch.from_numpy(bits.astype(np.float64) * 2 - 1)
+
+
+def normals(
+    seed: int, purpose: str, round_: int, clients: Sequence[int], start: int, count: int
+) -> Tensor:
+    """Return standard normal numbers, float64 of shape (len(clients), count)."""
+    drawn = words(seed, purpose, round_, clients, 2 * start, 2 * count)
+    # Box and Muller 1958, from 53 bits each; the first lies in (0, 1].
+    first, second = (
+        ((drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+        .reshape(len(clients), count, 2)
+        .transpose(2, 0, 1)
+    )
+    radius = np.sqrt(-2 * np.log1p(-first))
+    return torch.from_numpy(radius * np.cos(2 * np.pi * second))
+
+
 def generator(
     seed: int, purpose: str, round_: int = 0, client: int = 0
 ) -> torch.Generator:

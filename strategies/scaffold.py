@@ -38,6 +38,7 @@ class Scaffold:
 
     mirror = ("control", "control")
     up = ("delta", "control")
+    needs = ("effort",)
 
     def fresh(self, theta: Tensor) -> Vectors:
         """Return c_k = 0."""

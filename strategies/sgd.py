@@ -1,13 +1,12 @@
-"""Local optimizers: how a client steps along the direction that its algorithm gives.
+"""Stochastic gradient descent, with Polyak's momentum.
 
-    v     <- momentum v + (direction + weight_decay theta)
-    theta <- theta - lr v
-
-An optimizer is a pure function on vectors; its state lives for one local training.
+v     <- momentum v + (direction + weight_decay theta)
+theta <- theta - lr v
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,10 +15,11 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from strategies.algorithm import Vectors
+from strategies.optimizer import Moments, Optimizer
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Optimizer):
     """Stochastic gradient descent with momentum and coupled weight decay.
 
     Weight decay is part of the local objective, (weight_decay/2)||theta||^2: the algorithms'
@@ -32,22 +32,32 @@ class SGD:
     lr_decay : float
         Factor of the learning rate from one round to the next.
     momentum : float
-        Weight of the previous velocity; it starts at zero in every round.
+        Weight of the previous velocity.
     weight_decay : float
         Weight of the quadratic penalty.
+    moments : {"reset", "persist"}
+        Whether the velocity starts at zero in every round, or where the client's last
+        participation left it.
     """
 
     lr: Annotated[float, Gt(0)] = 0.1
     lr_decay: Annotated[float, Gt(0)] = 1.0
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.0
     weight_decay: Annotated[float, Ge(0)] = 0.0
+    moments: Moments = "reset"
 
-    def init(self, theta: Tensor) -> Vectors:
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The velocity and its weight, if they persist."""
+        persist = self.momentum and self.moments == "persist"
+        return ("velocity", "push") if persist else ()
+
+    def init(self, theta: Tensor, memory: Mapping[str, Tensor]) -> Vectors:
         """Return the state before the first local step."""
         state = {"effort": theta.new_zeros(())}
         if self.momentum:
-            state |= {"velocity": torch.zeros_like(theta), "push": theta.new_zeros(())}
-        return state
+            state |= {"velocity": torch.zeros_like(theta), "push": theta.new_zeros(1)}
+        return state | {name: memory[name] for name in self.kept if name in memory}
 
     def step(
         self, theta: Tensor, direction: Tensor, state: Vectors, round_: int
@@ -62,6 +72,6 @@ class SGD:
         velocity = self.momentum * state["velocity"] + direction
         # The same recursion on a direction of constant 1 gives the directions' total weight.
         push = self.momentum * state["push"] + 1
-        effort = state["effort"] + lr * push
+        effort = state["effort"] + lr * push.squeeze(0)
         theta = torch.sub(theta, velocity, alpha=lr)
         return theta, {"velocity": velocity, "push": push, "effort": effort}

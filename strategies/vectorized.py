@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from strategies.algorithm import Vectors
+from strategies.curvature import Place
 from strategies.local import Job, Trained, Trainer, noise_of, orders, step
 from strategies.objective import Batch
 
@@ -81,14 +82,19 @@ def vectorized(
 ) -> Trained:
     """Train a chunk of clients at once, given in descending order of their steps."""
     began = time.perf_counter()
-    algorithm, optimizer = trainer.algorithm, trainer.optimizer
+    optimizer = trainer.optimizer
     anchor, shared = down["theta"], jobs[0].part
     plan = schedule(trainer, jobs, round_, anchor.dtype)
-    constant = stacked([algorithm.begin(down, j.memory, j.client) for j in jobs])
-    moving = stacked([optimizer.init(anchor)] * len(jobs))
+    states = [trainer.begin(down, job) for job in jobs]
+    constant, moving = stacked([c for c, _ in states]), stacked([m for _, m in states])
+    due = [
+        optimizer.refreshes(j.memory, round_, steps)
+        for j, steps in zip(jobs, plan.steps, strict=True)
+    ]
     theta = anchor.expand(len(jobs), -1)
     ids = [job.client.id for job in jobs]
     one = _client_step(trainer, anchor, down["buffers"], round_)
+    renew = _client_refresh(trainer, down["buffers"])
     sums = torch.zeros(len(jobs), dtype=anchor.dtype, device=anchor.device)
     done: list[tuple[Tensor, Vectors]] = []
     active = len(jobs)
@@ -102,24 +108,41 @@ def vectorized(
         rows = plan.rows[:active, t].to(anchor.device)
         flat = rows.reshape(-1)
         x = shared.x.index_select(0, flat).view(*rows.shape, *shared.x.shape[1:])
-        y = shared.y.index_select(0, flat).view(rows.shape)
+        y = shared.y.index_select(0, flat).view(*rows.shape, *shared.y.shape[1:])
         noise = _padded_noise(
             trainer, round_, ids[:active], plan.first[:active, t], rows
         )
         weights = plan.weights[:active, t].to(anchor.device)
+        fresh = [row for row in range(active) if t in due[row]]
+        if fresh:
+            places = [
+                Place(trainer.seed, round_, ids[k], t, int(plan.first[k, t]))
+                for k in fresh
+            ]
+            batch = x, y, weights, noise
+            moving = _refreshed(renew, trainer, theta, moving, batch, fresh, places)
         theta, moving, loss = one(theta, constant, moving, x, y, weights, noise)
         sums[:active] += loss
     done.append((theta, moving))
     theta = torch.cat([part for part, _ in reversed(done)])
-    effort = torch.cat([state["effort"] for _, state in reversed(done)])
-    constant = stacked([algorithm.begin(down, j.memory, j.client) for j in jobs])
-    up, memory = torch.func.vmap(lambda a, b, c: algorithm.finish(a, anchor, b, c))(
-        theta, constant, effort
-    )
+    names = done[0][1]
+    moving = {n: torch.cat([state[n] for _, state in reversed(done)]) for n in names}
+    constant = stacked([trainer.begin(down, j)[0] for j in jobs])
+    up, memory, told = torch.func.vmap(
+        lambda a, *state: trainer.finish(a, anchor, state)
+    )(theta, constant, moving)
     counts = torch.tensor(plan.steps, dtype=anchor.dtype, device=anchor.device)
     seconds = time.perf_counter() - began
+    gradients = [s + trainer.extra(d) for s, d in zip(plan.steps, due, strict=True)]
     return Trained(
-        [j.client for j in jobs], up, memory, sums / counts, plan.steps, seconds
+        [j.client for j in jobs],
+        up,
+        memory,
+        sums / counts,
+        plan.steps,
+        gradients,
+        told,
+        seconds,
     )
 
 
@@ -147,6 +170,49 @@ def _client_step(
         return theta, state[1], loss
 
     return torch.func.vmap(one)
+
+
+def _refreshed(
+    renew: Callable[..., Any],
+    trainer: Trainer,
+    theta: Tensor,
+    moving: Vectors,
+    batch: tuple[Tensor, Tensor, Tensor, Vectors],
+    fresh: list[int],
+    places: list[Place],
+) -> Vectors:
+    """Return the optimizer's states, those of the rows ``fresh`` after an estimate."""
+    x, y, weights, noise = batch
+    drawn = [trainer.draw(place, y.shape[1:]) for place in places]
+    at = torch.tensor(fresh, device=theta.device)
+    states = {n: v[at] for n, v in moving.items()}
+    noises = {n: v[at] for n, v in noise.items()}
+    given = theta[at], states, x[at], y[at], weights[at], noises
+    renewed = renew(*given, torch.stack(drawn).to(theta.device))
+    return {n: v.index_copy(0, at, renewed[n]) for n, v in moving.items()}
+
+
+def _client_refresh(trainer: Trainer, buffers: Tensor) -> Callable[..., Any]:
+    """Return the optimizer's refresh by an estimate of the curvature, mapped over clients."""
+    optimizer, objective = trainer.optimizer, trainer.objective
+
+    def renew(
+        theta: Tensor,
+        moving: Vectors,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor,
+        noise: Vectors,
+        drawn: Tensor,
+    ) -> Vectors:
+        assert optimizer.curvature is not None, "there is something to refresh by"
+        batch = Batch(x, y, noise, weights)
+        estimate = optimizer.curvature.estimate
+        return optimizer.refresh(
+            moving, estimate(objective, theta, buffers, batch, drawn)
+        )
+
+    return torch.func.vmap(renew)
 
 
 def _padded_noise(

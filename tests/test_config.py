@@ -164,7 +164,7 @@ def door(
         (["data=minst"], ["no data is called 'minst'", "'mnist'?"]),
         (["model=mpl"], ["no model is called 'mpl'", "'mlp'?"]),
         (["partition=dirichle"], ["no partition is called", "'dirichlet'?"]),
-        (["optimizer=adamw"], ["no optimizer is called 'adamw'", "sgd"]),
+        (["optimizer=sdg"], ["no optimizer is called 'sdg'", "sgd"]),
         (["strategy=fedyn,fedavg"], ["strategy"]),
         (["experiment=nothing"], ["experiment", "nothing"]),
         # A key that is not there.

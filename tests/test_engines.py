@@ -7,13 +7,16 @@ import torch
 from torch import nn
 
 from app.layers import Dropout, noise_shapes, probe
+from strategies.adamw import AdamW
 from strategies.algorithm import Algorithm, Client
 from strategies.engine import choose, train
 from strategies.fedavg import FedAvg
 from strategies.feddyn import FedDyn
 from strategies.fedprox import FedProx
+from strategies.fedsophia import FedSophia, Sophia
 from strategies.local import Job, Local, Mean, Part, Trained, Trainer, orders
 from strategies.objective import Batch, Objective
+from strategies.optimizer import Optimizer
 from strategies.randomness import address, permutations, uniforms, words
 from strategies.scaffold import Scaffold
 from strategies.sgd import SGD
@@ -55,8 +58,11 @@ def jobs(trainer: Trainer, sizes: Sequence[int]) -> list[Job]:
             name: torch.randn(len(vector), generator=random, dtype=torch.float64).to(
                 dtype
             )
-            for name, vector in trainer.algorithm.fresh(theta).items()
+            for name, vector in trainer.fresh(theta).items()
         }
+        if "age" in memory:  # a count of steps, which differs from client to client
+            memory["age"] = torch.full((1,), float(3 * k), dtype=dtype)
+            memory |= {n: memory[n].square() for n in ("v", "h") if n in memory}
         found.append(
             Job(Client(k, len(index), len(index) / 5), Part(x, y, index), memory)
         )
@@ -81,6 +87,7 @@ def compare(loop: list[Trained], vmap: list[Trained], atol: float) -> None:
             seen.add(client.id)
             alone = by_client[client.id]
             assert chunk.steps[row] == alone.steps[0]
+            assert chunk.gradients[row] == alone.gradients[0] >= alone.steps[0]
             for name in ("up", "memory"):
                 expected, actual = getattr(alone, name), getattr(chunk, name)
                 assert expected.keys() == actual.keys()
@@ -88,6 +95,10 @@ def compare(loop: list[Trained], vmap: list[Trained], atol: float) -> None:
                     torch.testing.assert_close(
                         actual[key][row], vectors[0], rtol=0, atol=atol
                     )
+            for key, numbers in alone.told.items():
+                torch.testing.assert_close(
+                    chunk.told[key][row], numbers[0], rtol=0, atol=atol
+                )
             torch.testing.assert_close(
                 chunk.losses[row], alone.losses[0], rtol=0, atol=atol
             )
@@ -113,6 +124,39 @@ def test_engines_agree(
 ) -> None:
     objective = model(dropout, torch.float64)
     trainer = Trainer(algorithm, optimizer, local, objective, seed=5)
+    compare(*both(trainer, SIZES), atol=1e-12)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        AdamW(),
+        SGD(lr=0.1, momentum=0.9, moments="persist"),
+        Sophia(lr=0.01, tau=2),
+        Sophia(lr=0.01, tau=2, tau_unit="rounds", moments="reset"),
+        Sophia(lr=0.01, tau=3, estimator="hutchinson"),
+        Sophia(lr=0.01, estimator="hutchinson", law="gaussian", lr_decay=0.9),
+    ],
+    ids=["adamw", "momentum", "gnb", "rounds", "rademacher", "gaussian"],
+)
+def test_engines_agree_on_optimizers_that_remember(
+    optimizer: Optimizer, dropout: float
+) -> None:
+    """Clients refresh at different steps, as their counts of steps differ."""
+    objective = model(dropout, torch.float64)
+    trainer = Trainer(FedAvg(), optimizer, Local(2, 4), objective, seed=5)
+    loop, vmap = both(trainer, SIZES)
+    compare(loop, vmap, atol=1e-12)
+    assert loop[0].memory.keys() == set(optimizer.kept)
+    if isinstance(optimizer, Sophia):
+        assert len({t.gradients[0] - t.steps[0] for t in loop}) > 1
+
+
+def test_engines_agree_on_averaged_moments() -> None:
+    objective = model(0.2, torch.float64)
+    algorithm, optimizer = FedSophia(average_moments=True), Sophia(tau=2)
+    trainer = Trainer(algorithm, optimizer, Local(2, 4), objective, seed=5)
     compare(*both(trainer, SIZES), atol=1e-12)
 
 
