@@ -13,6 +13,7 @@ Rows are shuffled by the seed before they are divided, so that no division follo
 order of a file.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -165,20 +166,24 @@ def divide(
 
     enough(len(labels), clients, minimum)
     order = np.random.default_rng((seed, 1)).permutation(len(labels))
-    table = datasets.Dataset.from_dict({"label": labels[order], "row": order})
+    table = datasets.Dataset.from_dict({"label": labels[order]})
+    # All that a partitioner does with the table in the end is to select rows of it. Their
+    # numbers are enough: another table for each client takes milliseconds.
+    table.select = np.asarray
+    table.shard = functools.partial(_shard, len(order))
     try:
         # It warns of each failed attempt; the error below, if any, tells all at once.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             partitioner = make()
             partitioner.dataset = table
-            loaded = [partitioner.load_partition(k) for k in range(clients)]
+            taken = [partitioner.load_partition(k) for k in range(clients)]
     except ValueError as error:
         reason = str(error).strip().split(". ")[0]
         raise UserError(
             f"partition into {clients} clients: {reason}; {hint}."
         ) from error
-    parts = [np.sort(part.with_format("numpy")["row"][:]) for part in loaded]
+    parts = [np.sort(order[np.asarray(rows, dtype=np.int64)]) for rows in taken]
     least = min(range(clients), key=lambda k: len(parts[k]))
     if len(parts[least]) < minimum:
         raise UserError(
@@ -186,6 +191,13 @@ def divide(
             f"partition.minimum={minimum} are needed; {hint}."
         )
     return parts
+
+
+def _shard(rows: int, num_shards: int, index: int, contiguous: bool) -> np.ndarray:
+    """Return the row numbers of one of equal consecutive parts, as `Dataset.shard` cuts them."""
+    size, more = divmod(rows, num_shards)
+    start = size * index + min(index, more)
+    return np.arange(start, start + size + (index < more))
 
 
 def enough(rows: int, clients: int, minimum: int) -> None:
