@@ -140,9 +140,12 @@ def weigh(content: RecordDict) -> dict[str, int]:
                 size[kind] += len(value.data) + len(name)
                 continue
             values = value if isinstance(value, list) else [value]
-            size["metrics"] += len(name) + sum(
-                len(v) if isinstance(v, str | bytes) else 8 for v in values
-            )
+            # A record's list is of one type, and most are long lists of numbers.
+            if values and isinstance(values[0], str | bytes):
+                bytes_ = sum(len(v) for v in values if isinstance(v, str | bytes))
+            else:
+                bytes_ = 8 * len(values)
+            size["metrics"] += len(name) + bytes_
     return size
 
 
@@ -157,9 +160,11 @@ def numbers(record: MetricRecord, name: str, length: int) -> list[float]:
     values = record.get(name)
     if not isinstance(values, list) or len(values) != length:
         raise Refused(f"report: {name} must be a list of {length} numbers")
-    if not all(abs(v) < float("inf") for v in values):
+    array = np.array(values, dtype=np.float64)
+    if not np.isfinite(array).all():
         raise Refused(f"report: {name} holds NaN or infinity")
-    return [float(v) for v in values]
+    found: list[float] = array.tolist()
+    return found
 
 
 def ids(record: MetricRecord, name: str) -> list[int]:
