@@ -58,11 +58,27 @@ def words(
         [address(seed, purpose, round_, k) for k in clients], dtype=np.uint64
     )
     places = np.arange(start + 1, start + count + 1, dtype=np.uint64) * GOLDEN
-    z = keys[:, None] + places
+    return _mixed(keys[:, None] + places)
+
+
+def _mixed(z: np.ndarray) -> np.ndarray:
+    """Return SplitMix64's hash of 64-bit words."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = z ^ (z >> np.uint64(31))
     return mixed
+
+
+def chances(seed: int, purpose: str, round_: int, places: np.ndarray) -> np.ndarray:
+    """Return one number uniform on [0, 1) for each place, float64 of the same shape.
+
+    The number of a place does not depend on which other places are asked for: so the fate of a
+    link does not change when others join the network.
+    """
+    key = np.uint64(address(seed, purpose, round_))
+    hashed = _mixed(key + (places.astype(np.uint64) + np.uint64(1)) * GOLDEN)
+    uniform: np.ndarray = (hashed >> np.uint64(11)) * 2.0**-53
+    return uniform
 
 
 def permutations(
