@@ -12,7 +12,8 @@ from typing import cast
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from app.node import Node, evaluate, train_all
+from app.node import Node, evaluate, respond, train_all
+from strategies.fad_wire import pack_answer
 from strategies.wire import pack, unpack
 
 app = ClientApp()
@@ -47,6 +48,13 @@ def work(message: Message, context: Context) -> Message:
     up = pack(mean.value(theta.dtype))
     content = RecordDict({"up": up, "report": report, "faults": ConfigRecord(faults)})
     return Message(content, reply_to=message)
+
+
+@app.query("derive")
+def derive(message: Message, context: Context) -> Message:
+    """Take part in a differentiated program: evaluate, push forward or pull back."""
+    found = respond(Node(context), message.content)
+    return Message(pack_answer(found), reply_to=message)
 
 
 @app.evaluate()

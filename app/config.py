@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError
 from app.binding import Group, Model, bind, explain
 from app.compose import GROUPS, compose, first_line
 from app.errors import UserError, nearest
+from app.programs import known
 from strategies.engine import Choice
 from strategies.local import Local
 from strategies.wire import DTYPES
@@ -77,6 +78,7 @@ class Config(Model):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     dtype: Literal["float32", "float64"]
     local: Local
+    program: Annotated[str, Field(pattern=r"^\w+$")] | None
     evaluate_every: Annotated[int, Field(ge=0)]
     evaluate_clients: Literal["all", "cohort", "none"]
     client_test: Annotated[float, Field(ge=0, lt=1)]
@@ -175,6 +177,8 @@ def _check(config: Config) -> None:
         raise UserError(
             f"min_clients={config.min_clients} is more than there are clients"
         )
+    if config.program is not None:
+        known(config.program)
     bind("strategy", config.strategy)
     bind("optimizer", config.optimizer)
     bind("data", config.data)

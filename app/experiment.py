@@ -35,6 +35,7 @@ from rich.progress import (
 from app.callbacks import Callback, Record
 from app.compose import CONF
 from app.config import Config, load, quote, to_run_config
+from app.derive import derive
 from app.errors import UserError
 from app.host import setting
 from app.local_grid import LocalGrid
@@ -123,6 +124,10 @@ def main_once(overrides: Sequence[str]) -> dict[str, Any] | None:
     config = load(overrides)
     if config.runtime == "flower":
         run_flower(overrides)
+        return None
+    if config.program is not None:
+        grid = LocalGrid(to_run_config(overrides), config.nodes, processes(config))
+        derive(overrides, grid)
         return None
     console = Console()
     if not console.is_terminal:

@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from flwr.app import ConfigRecord, Context
+from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
 
 from app.config import from_run_config, load
 from app.host import hosted, objective, setting, source, trainer
+from app.programs import program_of
 from app.store import ContextStore, DirectoryStore, Store, recall, remember
 from strategies.acceptance import TRAINED
 from strategies.algorithm import Client, Vectors
 from strategies.engine import choose, train
+from strategies.fad_client import Answer, answer
+from strategies.fad_site import Site
+from strategies.fad_wire import unpack_question
 from strategies.federation import probe_direction
 from strategies.local import Job, Mean, Trained, Trainer
 
@@ -221,3 +225,18 @@ def _audit(run: Trainer, memory: Vectors) -> float:
 
 def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:300]
+
+
+def respond(node: Node, content: RecordDict) -> Answer:
+    """Answer a program's question on the node's clients."""
+    if node.config.program is not None:
+        program_of(node.config.program)
+    question = unpack_question(content)  # it may name the program's functions only
+    trainer = node.trainer()
+
+    def site(k: int) -> Site:
+        part = node.samples(k).train
+        x, y = part.x[part.index], part.y[part.index]
+        return Site(k, x, y, node.config.seed, trainer=trainer)
+
+    return answer(question, site)

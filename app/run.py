@@ -20,6 +20,7 @@ from app.callbacks import Callback, stops
 from app.config import load
 from app.errors import UserError
 from app.host import Setting, objective, setting, trainer
+from app.joining import wait_for_clients
 from app.records import read_rounds
 from app.resume import describe, find_unfinished
 from app.rundir import RunDir
@@ -158,7 +159,7 @@ class Run:
         """
         config, began = self.config, time.perf_counter()
         self.say(f"run directory: {self.directory.path}")
-        self._wait(grid)
+        wait_for_clients(grid, self.federation.roster, config, self.say)
         stopped = ""
         if self.first == 1:
             self._write({"round": 0, **self._evaluate()})
@@ -182,30 +183,6 @@ class Run:
         self.say(self.directory.finish(summary, self._tensors()))
         self.say(f"run directory: {self.directory.path}")
         return summary
-
-    def _wait(self, grid: Grid) -> None:
-        """Wait until enough clients are there."""
-        config, roster = self.config, self.federation.roster
-        wanted = config.min_clients or config.clients + config.holdout_clients
-        began, told = time.monotonic(), -1
-        while True:
-            roster.call(grid)
-            here = len(roster.hosts)
-            if here >= wanted and roster.trainable():
-                break
-            if roster.faults:
-                raise UserError(next(iter(roster.faults.values())))
-            if time.monotonic() - began > config.join_timeout:
-                raise UserError(
-                    f"{here} of {wanted} clients joined within {config.join_timeout:g} s; "
-                    "start more nodes, or lower min_clients"
-                )
-            if here != told:
-                self.say(f"waiting for clients: {here} of {wanted}")
-                told = here
-            time.sleep(0.1)
-        if not roster.mean_samples:
-            roster.fix_mean()
 
     def _round(
         self, grid: Grid, round_: int

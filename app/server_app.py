@@ -8,8 +8,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from app.config import from_run_config
+from app.derive import start
 from app.errors import UserError
-from app.run import Run
 
 app = ServerApp()
 
@@ -18,7 +18,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the settings that the run config holds."""
     try:
-        Run(from_run_config(context.run_config))(grid)
+        start(from_run_config(context.run_config), grid)
     except UserError as error:
         print(f"error: {error}", flush=True)
         sys.exit(2)

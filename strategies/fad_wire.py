@@ -111,6 +111,9 @@ class OverGrid:
                 answers[node] = unpack_answer(reply, asked[node])
             except Refused as error:
                 log(WARNING, "node %s refused: %s", node, error)
+                if node in asked and node not in answers:
+                    whys = dict.fromkeys(asked[node].clients, str(error))
+                    answers[node] = Answer((), whys, {})
                 continue
             for k, why in answers[node].faults.items():
                 log(WARNING, "client %s: %s", k, why)

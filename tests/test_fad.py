@@ -30,7 +30,7 @@ def vector(*numbers: float) -> Tensor:
 
 @register
 def residual(site: Site, theta: Tensor) -> Tensor:
-    """1/2 (<x, theta> - 1)^2, for the tutorial of DrJAX."""
+    """Return 1/2 (<x, theta> - 1)^2, for the tutorial of DrJAX."""
     return 0.5 * (site.x @ theta - 1).square()
 
 
@@ -49,13 +49,13 @@ def descend(site: Site, theta: Tensor, lr: Tensor) -> Tensor:
 
 @register
 def mix(site: Site, a: Tensor, b: Tensor) -> Tensor:
-    """A smooth function of two values and the client's own."""
+    """Return a smooth function of two values and the client's own."""
     return torch.sin(a) * b + site.x[: len(a)] * a
 
 
 @register
 def size(site: Site, a: Tensor) -> Tensor:
-    """A positive number."""
+    """Return a positive number."""
     return 0.5 + a.square().mean()
 
 
@@ -167,13 +167,13 @@ def test_softmax_weights_do_not_see_a_shift() -> None:
 
 @register
 def share(site: Site, logits: Tensor) -> Tensor:
-    """The client's weight by its own logit."""
+    """Return the client's weight by its own logit."""
     return logits[site.id].exp()
 
 
 @register
 def quadratic(site: Site, theta: Tensor) -> Tensor:
-    """1/2 sum_j x_j^2 (theta_j - 1)^2."""
+    """Return 1/2 sum_j x_j^2 (theta_j - 1)^2."""
     return 0.5 * (site.x.square() * (theta - 1).square()).sum()
 
 
@@ -454,7 +454,7 @@ def test_values_without_the_input_have_gradient_zero() -> None:
 
 @register
 def first_only(site: Site, a: Tensor, b: Tensor) -> Tensor:
-    """A function that ignores one of its arguments."""
+    """Ignore one of the arguments."""
     return a.sum()
 
 
@@ -545,7 +545,7 @@ def test_a_client_that_fails_is_left_out_and_why_is_told() -> None:
         fad.federated_map("touchy", fad.broadcast(INPUTS[0], over))
     )
     close(total, 2 * INPUTS[0])
-    with pytest.raises(fad.Dropped, match="clients 1: nobody answered.*no battery"):
+    with pytest.raises(fad.Dropped, match=r"clients 1: nobody answered.*no battery"):
         only = over.only([1])
         fad.federated_sum(fad.federated_map("touchy", fad.broadcast(INPUTS[0], only)))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUICK, Result, found
+from test_derive import GIVEN, centralized, printed
 
 from app.errors import UserError
 from app.experiment import run_flower
@@ -160,6 +161,19 @@ def test_plain_flwr_run(home: Path, run: Run, tmp_path: Path) -> None:
     assert summary is not None, ended.stdout
     assert f"run directory: {path}" in ended.stdout
     same(run("strategy=fedavg", "rounds=2", "nodes=2"), found(path, summary))
+
+
+@pytest.mark.timeout(120)
+def test_a_program_is_differentiated_over_flwr_run(home: Path) -> None:
+    ended = flwr(
+        "--run-config",
+        f"overrides='{' '.join(GIVEN)}'",
+        "--federation-config",
+        "num-supernodes=2",
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert printed(ended.stdout) == pytest.approx(centralized(GIVEN), abs=2e-12)
+    assert "3 exchanges, 3 more for derivatives: 12 messages down" in ended.stdout
 
 
 @pytest.mark.timeout(120)

@@ -1,0 +1,44 @@
+"""The start of everything over a Grid: wait until enough clients are there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from flwr.serverapp import Grid
+
+from app.config import Config
+from app.errors import UserError
+from strategies.roster import Roster
+
+
+def wait_for_clients(
+    grid: Grid, roster: Roster, config: Config, say: Callable[[str], None]
+) -> None:
+    """Call the roll until enough clients are there, and fix the mean of their samples.
+
+    Raises
+    ------
+    UserError
+        If they do not join in time, or what a node tells of itself is impossible.
+    """
+    wanted = config.min_clients or config.clients + config.holdout_clients
+    began, told = time.monotonic(), -1
+    while True:
+        roster.call(grid)
+        here = len(roster.hosts)
+        if here >= wanted and roster.trainable():
+            break
+        if roster.faults:
+            raise UserError(next(iter(roster.faults.values())))
+        if time.monotonic() - began > config.join_timeout:
+            raise UserError(
+                f"{here} of {wanted} clients joined within {config.join_timeout:g} s; "
+                "start more nodes, or lower min_clients"
+            )
+        if here != told:
+            say(f"waiting for clients: {here} of {wanted}")
+            told = here
+        time.sleep(0.1)
+    if not roster.mean_samples:
+        roster.fix_mean()
