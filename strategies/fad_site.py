@@ -76,9 +76,19 @@ def register(function: Function) -> Function:
     """Let plans call a function by its name: ``function(site, *values) -> Tensor``.
 
     It has to be pure and differentiable; inner derivatives are taken by ``torch.func``, so that
-    forward mode passes through them. Used as a decorator.
+    forward mode passes through them. Used as a decorator; a function may be defined again where
+    it was (in a notebook), but two may not share a name.
+
+    Raises
+    ------
+    ValueError
+        If another function has the name.
     """
-    FUNCTIONS[function.__name__] = function
+    name = function.__name__
+    other = FUNCTIONS.get(name, function)
+    if other.__module__ != function.__module__:
+        raise ValueError(f"'{name}' is registered already, by {other.__module__}")
+    FUNCTIONS[name] = function
     return function
 
 

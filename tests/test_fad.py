@@ -35,9 +35,9 @@ def residual(site: Site, theta: Tensor) -> Tensor:
 
 
 @register
-def descend(site: Site, theta: Tensor, lr: Tensor) -> Tensor:
+def noisy_descent(site: Site, theta: Tensor, lr: Tensor) -> Tensor:
     """Three noisy gradient steps on a loss that is not quadratic."""
-    noise = torch.randn(3, generator=site.generator("descend"), dtype=theta.dtype)
+    noise = torch.randn(3, generator=site.generator("noisy_descent"), dtype=theta.dtype)
 
     def f(point: Tensor) -> Tensor:
         return torch.cosh(site.x @ point).log() + 0.1 * (point - noise).square().sum()
@@ -100,7 +100,7 @@ def two_rounds(f: Any, over: Any, theta: Tensor, lr: Tensor, pace: Tensor) -> Te
     """Two rounds of local descent with a server step, then the mean loss."""
     for t in (1, 2):
         start = f.broadcast(theta, over)
-        models = f.federated_map("descend", start, f.broadcast(lr, over), round=t)
+        models = f.federated_map("noisy_descent", start, f.broadcast(lr, over), round=t)
         weights = f.federated_map("samples", over=over)
         theta = theta + pace * (f.federated_weighted_mean(models, weights) - theta)
     return f.federated_mean(f.federated_map("residual", f.broadcast(theta, over)))
@@ -157,7 +157,9 @@ def test_softmax_weights_do_not_see_a_shift() -> None:
     over = clients()
     logits = vector(0.3, -1, 2, 0.1).requires_grad_()
     value = fad.federated_weighted_mean(
-        fad.federated_map("descend", *(fad.broadcast(x, over) for x in INPUTS[:2])),
+        fad.federated_map(
+            "noisy_descent", *(fad.broadcast(x, over) for x in INPUTS[:2])
+        ),
         fad.federated_map("share", fad.broadcast(logits, over)),
     )
     (found,) = torch.autograd.grad(value.square().sum(), logits)
@@ -477,7 +479,7 @@ class Fragile(InProcess):
 
 def one_round(f: Any, over: Any, theta: Tensor, lr: Tensor) -> Tensor:
     pair = f.broadcast(theta, over), f.broadcast(lr, over)
-    models = f.federated_map("descend", *pair)
+    models = f.federated_map("noisy_descent", *pair)
     mean: Tensor = f.federated_weighted_mean(
         models, f.federated_map("samples", over=over)
     )
@@ -555,6 +557,12 @@ def test_a_client_that_fails_is_left_out_and_why_is_told() -> None:
 
 def test_mistakes_are_told() -> None:
     over, other = clients(), clients()
+
+    def loss(site: Site) -> Tensor:
+        return site.x
+
+    with pytest.raises(ValueError, match=r"'loss' is registered already, by strateg"):
+        register(loss)
     with pytest.raises(TypeError, match="float32 or float64"):
         fad.broadcast(torch.tensor([1]), over)
     with pytest.raises(ValueError, match="same clients"):
