@@ -44,6 +44,15 @@ class Samples:
     train: Part
     test: Part
 
+    @functools.cached_property
+    def entropy(self) -> float:
+        """Of the training labels, in nats; 0 in a regression."""
+        labels = self.train.y[self.train.index].flatten()
+        if labels.is_floating_point():
+            return 0.0
+        counts = torch.bincount(labels[labels >= 0].cpu()).to(torch.float64)
+        return float(torch.special.entr(counts / counts.sum()).sum())
+
     def judged(self) -> tuple[bool, Part]:
         """Return whether samples were held out, and those that the client evaluates on."""
         return (True, self.test) if len(self.test) else (False, self.train)

@@ -144,10 +144,11 @@ def train_all(
     mean_samples = cast(float, order["mean_samples"])
     for k, version in named.items():
         try:
-            part = node.samples(k).train
-            size = len(part)
+            samples = node.samples(k)
+            part, size = samples.train, len(samples.train)
             memory = recall(store, k, version, fresh)
-            jobs.append(Job(Client(k, size, size / mean_samples), part, memory))
+            client = Client(k, size, size / mean_samples, samples.entropy)
+            jobs.append(Job(client, part, memory))
         except Exception as error:
             faults[str(k)] = _told(error)
     device = node.config.torch_device

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 Vectors = dict[str, Tensor]
@@ -33,11 +34,15 @@ class Client:
         n_k, its training samples.
     share : float
         w_k = n_k / mean of n over all clients, so that the mean of w is 1.
+    entropy : float
+        Of the labels among its training samples, in nats; 0 without classes. Clients know it of
+        themselves, the server does not.
     """
 
     id: int
     samples: int
     share: float
+    entropy: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Algorithm(Protocol):
 
     @property
     def up(self) -> tuple[str, ...]:
-        """The names of the vectors that a client returns, each of shape (d,)."""
+        """The names of the vectors that a client returns; most are of shape (d,)."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -128,3 +133,25 @@ class Algorithm(Protocol):
 
     def models(self, server: Vectors) -> Vectors:
         """Return the models worth evaluating by name; the first is the one reported."""
+
+
+@runtime_checkable
+class Witness(Protocol):
+    """An algorithm whose client half wants to see the first batch."""
+
+    def witness(self, state: Vectors, gradient: Tensor, loss: Tensor) -> Vectors:
+        """Return the state after a look at the first batch, before the first step.
+
+        ``gradient`` (d,) is the data's, unclipped, and ``loss`` the mean, a 0-dim tensor, both at
+        the anchor.
+        """
+
+
+def sizes(algorithm: Algorithm, theta: Tensor) -> dict[str, int]:
+    """Return the length of each vector that a client returns, from a training of no steps."""
+    down = algorithm.down(algorithm.start(theta))
+    state = algorithm.begin(down, algorithm.fresh(theta), Client(0, 1, 1.0))
+    if isinstance(algorithm, Witness):
+        state = algorithm.witness(state, torch.zeros_like(theta), theta.new_zeros(()))
+    up, _ = algorithm.finish(theta, theta, state, theta.new_ones(()))
+    return {n: len(up.get(n, theta)) for n in algorithm.up}

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from strategies.algorithm import Witness
 from strategies.curvature import Place
 from strategies.local import Job, Trained, Trainer, noise_of, orders, step
 from strategies.objective import Batch, Objective
@@ -119,8 +120,15 @@ def loop(
             estimate = optimizer.curvature.estimate
             h = estimate(objective, theta, buffers, batch, random)
             state = state[0], optimizer.refresh(state[1], h)
+        product = None
+        if optimizer.along:
+            vector = state[1][optimizer.along]
+            product = objective.product(theta, buffers, batch, vector)
         gradient, loss, buffers = objective.gradient(theta, buffers, batch)
-        theta, state = step(trainer, theta, anchor, state, gradient, round_)
+        if t == 0 and isinstance(trainer.algorithm, Witness):
+            seen = trainer.algorithm.witness(state[0], gradient, loss)
+            state = seen, state[1]
+        theta, state = step(trainer, theta, anchor, state, gradient, round_, product)
         losses.append(loss)
         first += drawn.shape[1]
     up, memory, told = trainer.finish(theta, anchor, state)
@@ -132,7 +140,7 @@ def loop(
         {n: v[None] for n, v in memory.items()},
         torch.stack(losses).mean()[None],
         [len(losses)],
-        [len(losses) + trainer.extra(due)],
+        [len(losses) + trainer.extra(due, len(losses))],
         {n: v[None] for n, v in told.items()},
         time.perf_counter() - began,
     )

@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from strategies.acceptance import Accepted, Round, accept
-from strategies.algorithm import Algorithm, Cohort, Vectors
+from strategies.algorithm import Algorithm, Cohort, Vectors, sizes
 from strategies.local import Mean
 from strategies.randomness import generator
 from strategies.roster import Roster
@@ -92,6 +92,7 @@ class Federation(Strategy):
         self.round = Round(0)
         self._asked: dict[int, tuple[list[int], list[int]]] = {}
         self._probe = probe_direction(seed, len(theta))
+        self._sizes = sizes(algorithm, theta)
 
     # A round.
 
@@ -172,8 +173,7 @@ class Federation(Strategy):
 
     def _accepted(self, replies: Iterable[Message]) -> Iterator[Accepted]:
         """Yield what may be used of the replies, and enter it and the faults into the round."""
-        sizes = dict.fromkeys(self.algorithm.up, len(self._probe))
-        sizes["buffers"] = len(self.buffers)
+        expected = {**self._sizes, "buffers": len(self.buffers)}
         dtype = self.server["theta"].dtype
 
         def first(reply: Message) -> list[int]:
@@ -185,7 +185,7 @@ class Federation(Strategy):
             asked, number = self._asked.pop(node, None), self.round.number
             try:
                 accepted = accept(
-                    reply, number, asked, self.roster, sizes, dtype, self.metrics
+                    reply, number, asked, self.roster, expected, dtype, self.metrics
                 )
             except Refused as error:
                 log(WARNING, "round %s: node %s refused: %s", number, node, error)
@@ -249,9 +249,11 @@ class Federation(Strategy):
         return None
 
     def norms(self) -> dict[str, float]:
-        """Return the norm of each of the server's vectors."""
+        """Return the norm of each of the server's vectors, and a single number as it is."""
         return {
-            f"{name}_norm": float(torch.linalg.vector_norm(vector))
+            name if len(vector) == 1 else f"{name}_norm": float(
+                vector if len(vector) == 1 else torch.linalg.vector_norm(vector)
+            )
             for name, vector in self.server.items()
         }
 

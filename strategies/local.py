@@ -158,10 +158,11 @@ class Trainer:
         assert curvature is not None, "an optimizer that refreshes has an estimator"
         return curvature.draw(place, targets, size)
 
-    def extra(self, due: Collection[int]) -> int:
-        """Return the gradient evaluations of so many estimates."""
+    def extra(self, due: Collection[int], steps: int) -> int:
+        """Return the gradient evaluations of estimates, and of a product in every step."""
         curvature = self.optimizer.curvature
-        return curvature.cost * len(due) if curvature else 0
+        products = 2 * steps if self.optimizer.along else 0
+        return products + (curvature.cost * len(due) if curvature else 0)
 
 
 def clip(gradient: Tensor, largest: float) -> Tensor:
@@ -172,6 +173,15 @@ def clip(gradient: Tensor, largest: float) -> Tensor:
     return gradient * torch.clamp(largest / (norm + 1e-12), max=1.0)
 
 
+def clip_along(gradient: Tensor, product: Tensor, largest: float) -> Tensor:
+    """Return the derivative of the clipped gradient, the gradient's own being ``product``."""
+    if not largest:
+        return product
+    norm = torch.linalg.vector_norm(gradient) + 1e-12
+    across = product - gradient * (gradient @ product) / norm.square()
+    return torch.where(norm > largest, largest / norm * across, product)
+
+
 def step(
     trainer: Trainer,
     theta: Tensor,
@@ -179,13 +189,18 @@ def step(
     state: tuple[Vectors, Vectors],
     gradient: Tensor,
     round_: int,
+    product: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Vectors, Vectors]]:
     """Return theta and state after one local step along one batch's gradient.
 
     ``state`` is the pair (algorithm's, optimizer's). All arguments are tensors or constants:
-    the step is vectorized over clients by mapping it.
+    the step is vectorized over clients by mapping it. ``product`` is the batch's Hessian times
+    the vector that the optimizer names, if it names one.
     """
     constant, moving = state
+    if product is not None:
+        product = clip_along(gradient, product, trainer.local.clip)
+        moving = moving | {"product": product}
     gradient = clip(gradient, trainer.local.clip)
     direction = trainer.algorithm.direction(gradient, theta, anchor, constant)
     theta, moving = trainer.optimizer.step(theta, direction, moving, round_)

@@ -45,6 +45,11 @@ class Optimizer:
         """Where ``refresh`` gets its estimates from, if it takes any."""
         return None
 
+    @property
+    def along(self) -> str:
+        """The state's vector along which every step wants the Hessian's product, or none."""
+        return ""
+
     def init(self, theta: Tensor, memory: Mapping[str, Tensor]) -> Vectors:
         """Return the state before the first local step, the kept vectors from ``memory``.
 
@@ -72,7 +77,10 @@ class Optimizer:
     def step(
         self, theta: Tensor, direction: Tensor, state: Vectors, round_: int
     ) -> tuple[Tensor, Vectors]:
-        """Return theta and state after one step of the given round (counted from 1)."""
+        """Return theta and state after one step of the given round (counted from 1).
+
+        With ``along``, ``state["product"]`` is the derivative of the direction along it.
+        """
         raise NotImplementedError
 
     def told(self, state: Vectors) -> Vectors:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.algorithm import Vectors
+from strategies.algorithm import Vectors, Witness
 from strategies.curvature import Place
 from strategies.local import Job, Trained, Trainer, noise_of, orders, step
 from strategies.objective import Batch
@@ -93,11 +93,12 @@ def vectorized(
     ]
     theta = anchor.expand(len(jobs), -1)
     ids = [job.client.id for job in jobs]
-    one = _client_step(trainer, anchor, down["buffers"], round_)
+    first = _client_step(trainer, anchor, down["buffers"], round_, first=True)
+    later = _client_step(trainer, anchor, down["buffers"], round_)
     renew = _client_refresh(trainer, down["buffers"])
     sums = torch.zeros(len(jobs), dtype=anchor.dtype, device=anchor.device)
     done: list[tuple[Tensor, Vectors]] = []
-    active = len(jobs)
+    active, full = len(jobs), constant
     for t in range(plan.steps[0]):
         still = sum(s > t for s in plan.steps[:active])
         if still < active:  # the shortest have finished: put their rows aside
@@ -121,19 +122,21 @@ def vectorized(
             ]
             batch = x, y, weights, noise
             moving = _refreshed(renew, trainer, theta, moving, batch, fresh, places)
-        theta, moving, loss = one(theta, constant, moving, x, y, weights, noise)
+        one = later if t else first
+        given = theta, constant, moving, x, y, weights, noise
+        theta, constant, moving, loss = one(*given)
+        full = full if t else constant
         sums[:active] += loss
     done.append((theta, moving))
     theta = torch.cat([part for part, _ in reversed(done)])
     names = done[0][1]
     moving = {n: torch.cat([state[n] for _, state in reversed(done)]) for n in names}
-    constant = stacked([trainer.begin(down, j)[0] for j in jobs])
     up, memory, told = torch.func.vmap(
         lambda a, *state: trainer.finish(a, anchor, state)
-    )(theta, constant, moving)
+    )(theta, full, moving)
     counts = torch.tensor(plan.steps, dtype=anchor.dtype, device=anchor.device)
     seconds = time.perf_counter() - began
-    gradients = [s + trainer.extra(d) for s, d in zip(plan.steps, due, strict=True)]
+    gradients = [s + trainer.extra(d, s) for s, d in zip(plan.steps, due, strict=True)]
     return Trained(
         [j.client for j in jobs],
         up,
@@ -147,9 +150,14 @@ def vectorized(
 
 
 def _client_step(
-    trainer: Trainer, anchor: Tensor, buffers: Tensor, round_: int
+    trainer: Trainer,
+    anchor: Tensor,
+    buffers: Tensor,
+    round_: int,
+    first: bool = False,
 ) -> Callable[..., Any]:
     """Return the local step of one client, gradient included, mapped over clients."""
+    algorithm, along = trainer.algorithm, trainer.optimizer.along
 
     def one(
         theta: Tensor,
@@ -159,15 +167,23 @@ def _client_step(
         y: Tensor,
         weights: Tensor,
         noise: Vectors,
-    ) -> tuple[Tensor, Vectors, Tensor]:
+    ) -> tuple[Tensor, Vectors, Vectors, Tensor]:
+        batch = Batch(x, y, noise, weights)
+
         def loss_of(point: Tensor) -> Tensor:
-            batch = Batch(x, y, noise, weights)
             return trainer.objective.loss(point, buffers, batch)[0]
 
+        product = None
+        if along:
+            given = theta, buffers, batch, moving[along]
+            product = trainer.objective.product(*given)
+
         gradient, loss = torch.func.grad_and_value(loss_of)(theta)
+        if first and isinstance(algorithm, Witness):
+            constant = algorithm.witness(constant, gradient, loss)
         state = constant, moving
-        theta, state = step(trainer, theta, anchor, state, gradient, round_)
-        return theta, state[1], loss
+        theta, state = step(trainer, theta, anchor, state, gradient, round_, product)
+        return theta, *state, loss
 
     return torch.func.vmap(one)
 
