@@ -102,15 +102,15 @@ def loop(
     """Train one client."""
     began = time.perf_counter()
     objective, optimizer = trainer.objective, trainer.optimizer
-    theta, buffers, part = down["theta"], down["buffers"], job.part
-    anchor = theta
+    anchor, buffers, part = down["theta"], down["buffers"], job.part
+    theta = anchor.clone()
     state = trainer.begin(down, job)
     losses, first, noisy = [], 0, bool(objective.noise_shapes)
     who = [job.client.id]
     drawings = orders(trainer.local, trainer.seed, round_, who, len(part))
     due = optimizer.refreshes(job.memory, round_, len(drawings))
     for t, drawn in enumerate(drawings):
-        rows = part.index[drawn[0].to(part.index.device)]
+        rows = part.index.index_select(0, drawn[0].to(part.index.device))
         noise = noise_of(trainer, round_, who, first, drawn) if noisy else {}
         noise = {n: v[0].to(part.x.device) for n, v in noise.items()}
         batch = Batch(part.x.index_select(0, rows), part.y.index_select(0, rows), noise)

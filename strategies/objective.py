@@ -70,10 +70,11 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """Return the dictionary that holds a named parameter, and its key there."""
+def _slot(module: nn.Module, name: str, kind: str) -> tuple[dict[str, Any], str]:
+    """Return the dictionary that holds a named parameter or buffer, and its key there."""
     path, _, attribute = name.rpartition(".")
-    return module.get_submodule(path)._parameters, attribute
+    held: dict[str, Any] = getattr(module.get_submodule(path), kind)
+    return held, attribute
 
 
 class Objective:
@@ -111,9 +112,16 @@ class Objective:
         # Where each parameter is held; one that is tied is held in several places.
         everywhere = list(module.named_parameters(remove_duplicate=False))
         self._slots = [
-            [_slot(module, other) for other, p in everywhere if p is parameter]
+            [
+                _slot(module, other, "_parameters")
+                for other, p in everywhere
+                if p is parameter
+            ]
             for _, parameter in module.named_parameters()
         ]
+        self._noise_slots = {n: _slot(module, n, "_buffers") for n in noise_shapes}
+        self._placed: Tensor | None = None
+        self._parts: list[Tensor] = []
 
     def initial(self) -> tuple[Tensor, Tensor]:
         """Return theta^0 of shape (d,) and the buffers of shape (b,)."""
@@ -140,7 +148,9 @@ class Objective:
         """Return the batch's mean loss in training mode, and the buffers after it."""
         outputs, after = self.outputs(theta, buffers, batch)
         losses = self.losses(outputs, batch.y)
-        loss = losses.mean() if batch.weights is None else batch.weights @ losses
+        loss = (
+            losses.mean() if batch.weights is None else (batch.weights * losses).sum()
+        )
         return loss, after
 
     def product(
@@ -159,28 +169,43 @@ class Objective:
     def gradient(
         self, theta: Tensor, buffers: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradient (d,), the loss and the buffers after the batch."""
-        if buffers.numel() or batch.noise:
+        """Return the gradient (d,), the loss and the buffers after the batch.
+
+        Nothing else may write into the module between the steps of one training.
+        """
+        if buffers.numel():
             theta = theta.detach().requires_grad_()
             loss, buffers = self.loss(theta, buffers, batch)
             (gradient,) = torch.autograd.grad(loss, theta)
             return gradient, loss.detach(), buffers
-        # The hot path: views of theta in the module's own places cost less than a call that
-        # puts them there and back.
-        pieces = torch.split(theta.detach(), self.layout.sizes)
-        parts = [
-            piece.view(shape).requires_grad_()
-            for shape, piece in zip(self.layout.shapes, pieces, strict=True)
-        ]
-        for places, part in zip(self._slots, parts, strict=True):
-            for held, name in places:
-                held[name] = part
+        # The hot path: tensors in the module's own places cost less than a call that puts them
+        # there and back.
+        parts = self._place(theta)
+        for name, noise in batch.noise.items():
+            held, attribute = self._noise_slots[name]
+            held[attribute] = noise
         if not self.module.training:
             self.module.train()
         losses = self.losses(self.module(batch.x), batch.y)
-        loss = losses.mean() if batch.weights is None else batch.weights @ losses
+        loss = (
+            losses.mean() if batch.weights is None else (batch.weights * losses).sum()
+        )
         gradients = torch.autograd.grad(loss, parts)
         return torch.cat([g.reshape(-1) for g in gradients]), loss.detach(), buffers
+
+    def _place(self, theta: Tensor) -> list[Tensor]:
+        """Put views of theta into the module; they stay while theta is stepped in place."""
+        if theta is not self._placed:
+            pieces = torch.split(theta.detach(), self.layout.sizes)
+            self._parts = [
+                piece.view(shape).requires_grad_()
+                for shape, piece in zip(self.layout.shapes, pieces, strict=True)
+            ]
+            for places, part in zip(self._slots, self._parts, strict=True):
+                for held, name in places:
+                    held[name] = part
+            self._placed = theta
+        return self._parts
 
     @torch.no_grad()
     def scores(

@@ -80,6 +80,7 @@ class Optimizer:
         """Return theta and state after one step of the given round (counted from 1).
 
         With ``along``, ``state["product"]`` is the derivative of the direction along it.
+        ``theta`` belongs to this training: its memory may be reused for the result.
         """
         raise NotImplementedError
 

@@ -67,11 +67,11 @@ class SGD(Optimizer):
         if self.weight_decay:
             direction = direction + self.weight_decay * theta
         if not self.momentum:
-            theta = torch.sub(theta, direction, alpha=lr)
+            theta.sub_(direction, alpha=lr)
             return theta, {"effort": state["effort"] + lr}
         velocity = self.momentum * state["velocity"] + direction
         # The same recursion on a direction of constant 1 gives the directions' total weight.
         push = self.momentum * state["push"] + 1
         effort = state["effort"] + lr * push.squeeze(0)
-        theta = torch.sub(theta, velocity, alpha=lr)
+        theta.sub_(velocity, alpha=lr)
         return theta, {"velocity": velocity, "push": push, "effort": effort}

@@ -91,7 +91,8 @@ def vectorized(
         optimizer.refreshes(j.memory, round_, steps)
         for j, steps in zip(jobs, plan.steps, strict=True)
     ]
-    theta = anchor.expand(len(jobs), -1)
+    theta = anchor.repeat(len(jobs), 1)
+    estimates = any(due)
     ids = [job.client.id for job in jobs]
     first = _client_step(trainer, anchor, down["buffers"], round_, first=True)
     later = _client_step(trainer, anchor, down["buffers"], round_)
@@ -114,7 +115,7 @@ def vectorized(
             trainer, round_, ids[:active], plan.first[:active, t], rows
         )
         weights = plan.weights[:active, t].to(anchor.device)
-        fresh = [row for row in range(active) if t in due[row]]
+        fresh = [row for row in range(active) if t in due[row]] if estimates else []
         if fresh:
             places = [
                 Place(trainer.seed, round_, ids[k], t, int(plan.first[k, t]))

@@ -60,7 +60,7 @@ def descent(steps: int, optimizer: SGD) -> Solver:
     def solve(
         algorithm: Algorithm, state: Vectors, k: int, anchor: Tensor
     ) -> tuple[Tensor, Tensor]:
-        theta, moving = anchor, optimizer.init(anchor, {})
+        theta, moving = anchor.clone(), optimizer.init(anchor, {})
         for _ in range(steps):
             gradient = A[k] @ theta - B[k]
             along = algorithm.direction(gradient, theta, anchor, state)
@@ -431,7 +431,7 @@ def test_scaffold_control_is_the_mean_gradient_on_the_way() -> None:
     memory = {"control": vector(0.3, 0.1)}
     down = {"theta": anchor, "control": vector(-0.2, 0.4)}
     state = algorithm.begin(down, memory, Client(0, 1, 1.0))
-    theta, moving = anchor, optimizer.init(anchor, {})
+    theta, moving = anchor.clone(), optimizer.init(anchor, {})
     for _ in range(4):
         seen.append(A[1] @ theta - B[1])
         along = algorithm.direction(seen[-1], theta, anchor, state)
