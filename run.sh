@@ -11,6 +11,7 @@ usage: ./run.sh [COMMAND] [SETTINGS]
   sweep SETTINGS        every combination on the local runtime: strategy=fedavg,feddyn seed=0,1,2
   study NAME [size=quick|paper] [seeds=N] [SETTINGS]   measure a claim;  study --list
   report DIR...         compare runs: a table and a plot
+  deploy [SETTINGS]     a real deployment on this machine: TLS, keys, nodes=N processes of their own
   bench [OPTIONS]       seconds per round beside stock Flower and no framework;  bench --help
   test [PYTEST OPTIONS] the tests
   install               only make .venv
@@ -52,7 +53,7 @@ command=${1:-simulate}
 [ $# -gt 0 ] && shift
 case $command in
     -h | --help | help) usage; exit ;;
-    simulate | sweep | study | report | bench | test | install) ;;
+    simulate | sweep | study | report | deploy | bench | test | install) ;;
     *) echo "error: no command is called '$command'; see ./run.sh help" >&2; exit 2 ;;
 esac
 install
@@ -75,6 +76,7 @@ case $command in
     sweep) exec python -m app.experiment -m "$@" ;;
     study) exec python -m app.study "$@" ;;
     report) exec python -m app.report "$@" ;;
+    deploy) exec python -m app.deploy "$@" ;;
     bench) exec python -m bench "$@" ;;
     test) exec python -m pytest -n 2 --dist loadfile "$@" ;;
 esac

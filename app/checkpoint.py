@@ -1,28 +1,24 @@
-"""The server's checkpoints: one safetensors file each, with its JSON inside.
+"""The server's checkpoints: one safetensors file each, with its JSON inside (see `app.durable`).
 
-A file appears whole or not at all. The last two are kept, so that a crash while one is written
-leaves the other.
+The last few are kept: should the newest prove torn or rotten, the one before it serves.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
+from app import durable
 from app.errors import UserError
 from strategies.algorithm import Vectors
 
-FORMAT = 1
-KEEP = 2
+FORMAT = 2
 
 
-def save(folder: Path, round_: int, vectors: Vectors, rest: dict[str, Any]) -> int:
-    """Write the checkpoint of a round and drop all but the last two.
+def save(
+    folder: Path, round_: int, vectors: Vectors, rest: dict[str, Any], keep: int = 2
+) -> int:
+    """Write the checkpoint of a round and drop all but the last ``keep``.
 
     Parameters
     ----------
@@ -34,6 +30,8 @@ def save(folder: Path, round_: int, vectors: Vectors, rest: dict[str, Any]) -> i
         The server's vectors.
     rest : dict
         What else the strategy needs to continue; JSON.
+    keep : int
+        How many to keep.
 
     Returns
     -------
@@ -41,16 +39,10 @@ def save(folder: Path, round_: int, vectors: Vectors, rest: dict[str, Any]) -> i
         The round of the oldest checkpoint that is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    durable.sweep(folder)
     file = folder / f"{round_:08d}.safetensors"
-    part = file.with_suffix(".part")
-    # Two names may share one tensor (theta and active before the first round): copies do not.
-    tensors = {n: v.detach().cpu().clone() for n, v in vectors.items() if v.numel()}
-    header = {"format": FORMAT, "round": round_, **rest}
-    save_file(tensors, part, {"fedgrad": json.dumps(header)})
-    with part.open("rb") as written:
-        os.fsync(written.fileno())
-    os.replace(part, file)
-    for old in sorted(folder.glob("*.safetensors"))[:-KEEP]:
+    durable.write(file, vectors, {"format": FORMAT, "round": round_, **rest})
+    for old in sorted(folder.glob("*.safetensors"))[:-keep]:
         old.unlink()
     return oldest(folder)
 
@@ -64,21 +56,19 @@ def oldest(folder: Path) -> int:
 
 
 def newest(folder: Path) -> tuple[int, Vectors, dict[str, Any]] | None:
-    """Return round, vectors and rest of the newest readable checkpoint, or None.
+    """Return round, vectors and rest of the newest whole checkpoint, or None.
 
     Raises
     ------
     UserError
-        If it was written by a later version of the program.
+        If it was written by another version of the program.
     """
     for file in sorted(folder.glob("*.safetensors"), reverse=True):
         try:
-            with safe_open(file, "pt") as opened:
-                header = json.loads(opened.metadata()["fedgrad"])
-                vectors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-            continue  # torn or foreign: the one before it serves
-        if header.pop("format") != FORMAT:
+            vectors, header = durable.read(file)
+        except (durable.Torn, FileNotFoundError):
+            continue  # the one before it serves
+        if header.pop("format", None) != FORMAT:
             raise UserError(f"{file}: written in a format this version does not know")
         return header.pop("round"), vectors, header
     return None

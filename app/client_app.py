@@ -12,7 +12,7 @@ from typing import cast
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from app.node import Node, evaluate, respond, train_all
+from app.node import Node, evaluate, remembered, respond, train_all
 from strategies.fad_wire import pack_answer
 from strategies.wire import pack, unpack
 
@@ -55,6 +55,17 @@ def derive(message: Message, context: Context) -> Message:
     """Take part in a differentiated program: evaluate, push forward or pull back."""
     found = respond(Node(context), message.content)
     return Message(pack_answer(found), reply_to=message)
+
+
+@app.query("memories")
+def tell_memories(message: Message, context: Context) -> Message:
+    """Tell the sum of what the named clients remember."""
+    node = Node(context)
+    run, order = node.trainer(), message.content.config_records["order"]
+    theta, _ = run.objective.initial()
+    sums, found = remembered(node, run, theta.cpu(), order, context)
+    report = MetricRecord({"clients": found})
+    return Message(RecordDict({"sums": pack(sums), "report": report}), reply_to=message)
 
 
 @app.evaluate()

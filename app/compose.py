@@ -21,7 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from app.errors import UserError, nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-GROUPS = ("strategy", "data", "partition", "model", "optimizer", "experiment")
+#: The folders of `conf/` that hold the parts of a run, and those that hold presets of settings.
+PARTS = ("strategy", "data", "partition", "model", "optimizer")
+PRESETS = ("deployment", "experiment")
+GROUPS = (*PARTS, *PRESETS)
 
 
 def names(group: str) -> list[str]:
@@ -45,7 +48,7 @@ def compose(overrides: tuple[str, ...]) -> DictConfig:
             raise UserError(f"'{text}' is not key=value: {first_line(error)}") from None
     for override in parsed:
         key, value = override.key_or_group, override.value()
-        chosen = isinstance(value, str) or (key == "experiment" and value is None)
+        chosen = isinstance(value, str) or (key in PRESETS and value is None)
         if key in GROUPS and not chosen:
             raise UserError(f"{key}={value}: choose one of {', '.join(names(key))}")
         if key.partition(".")[0] == "study":

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
 from app.binding import Group, Model, bind, explain
-from app.compose import GROUPS, compose, first_line
+from app.compose import PARTS, PRESETS, compose, first_line
 from app.errors import UserError, nearest
 from app.programs import known
 from strategies.engine import Choice
@@ -51,6 +51,9 @@ PLACE = (
     "nodes",
     "processes",
     "join_timeout",
+    "deadline",
+    "attempts",
+    "checkpoint_keep",
 )
 
 
@@ -88,7 +91,9 @@ class Config(Model):
     name: str | None
     resume: str
     checkpoint_every: Annotated[int, Field(ge=0)]
+    checkpoint_keep: Annotated[int, Field(ge=1)]
     client_memory: Literal["auto", "context", "directory"]
+    lost_state: Literal["reset", "skip", "fail"]
     runtime: Literal["local", "flower"]
     nodes: Annotated[int, Field(ge=1)]
     processes: Annotated[int, Field(ge=0)] | None
@@ -97,6 +102,8 @@ class Config(Model):
     min_clients: Annotated[int, Field(ge=0)]
     join_timeout: Annotated[float, Field(gt=0)]
     deadline: Annotated[float, Field(gt=0)]
+    min_replies: Annotated[int, Field(ge=0)]
+    attempts: Annotated[int, Field(ge=1)]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -147,7 +154,7 @@ def _load(overrides: tuple[str, ...]) -> Config:
         plain: Any = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {first_line(error)}") from None
-    for kind in GROUPS[:-1]:
+    for kind in PARTS:
         options = plain[kind] if isinstance(plain[kind], dict) else {}
         target = options.pop("_target_", "")
         plain[kind] = {"name": choices[kind], "target": target, "options": options}
@@ -156,7 +163,8 @@ def _load(overrides: tuple[str, ...]) -> Config:
     for key in unknown:
         hint = nearest(key, (f.name for f in dataclasses.fields(Local)))
         raise UserError(f"no setting is called 'local.{key}'; {hint}")
-    plain.pop("experiment", None)
+    for kind in PRESETS:
+        plain.pop(kind, None)
     plain.pop("study", None)  # what a preset says of its study is none of a run's
     try:
         config = Config(**plain)
@@ -172,6 +180,11 @@ def _check(config: Config) -> None:
         raise UserError(
             f"clients_per_round={config.clients_per_round} is more than "
             f"clients={config.clients}; draw at most all of them"
+        )
+    if config.min_replies > config.clients_per_round:
+        raise UserError(
+            f"min_replies={config.min_replies} is more than "
+            f"clients_per_round={config.clients_per_round}"
         )
     if config.min_clients > config.clients + config.holdout_clients:
         raise UserError(

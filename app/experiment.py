@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,24 @@ def processes(config: Config) -> int:
     return min(config.nodes, os.cpu_count() or 1)
 
 
-def run_flower(overrides: Sequence[str], say: Say = print) -> None:
+def run_flower(
+    overrides: Sequence[str],
+    say: Say = print,
+    superlink: str = "",
+    place: Mapping[str, str] | None = None,
+) -> None:
     """Check settings, then hand them to `flwr run` and stream its log.
+
+    Parameters
+    ----------
+    overrides : sequence of str
+        The settings, as Hydra overrides.
+    say : callable
+        Where the lines of the log go.
+    superlink : str
+        A connection of Flower's config.toml; empty is Flower's local simulation.
+    place : mapping, optional
+        The environment of `flwr run`, this process's unless given.
 
     Raises
     ------
@@ -83,24 +99,26 @@ def run_flower(overrides: Sequence[str], say: Say = print) -> None:
     config = load(overrides)
     setting(tuple(overrides))  # missing data and impossible partitions show here
     folder = Path(config.output_dir).expanduser().resolve()
-    place = f"output_dir={quote(str(folder))}"
-    text = to_run_config([*overrides, place])["overrides"]
+    where = f"output_dir={quote(str(folder))}"
+    text = to_run_config([*overrides, where])["overrides"]
     # Flower ends a value at the next quote mark, escaped or not, so none is written.
     quoted = "".join(
         c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in text
     )
     flwr = Path(sys.executable).with_name("flwr")
-    command = [str(flwr), "run", str(CONF.parent), "--stream"]
-    command += ["--run-config", f'overrides="{quoted}"']
-    gpus = 1.0 / config.nodes if config.torch_device.type == "cuda" else 0.0
-    federation = f"num-supernodes={config.nodes} client-resources-num-cpus=1"
-    command += ["--federation-config", f"{federation} client-resources-num-gpus={gpus}"]
+    command = [str(flwr), "run", str(CONF.parent), *([superlink] if superlink else [])]
+    command += ["--stream", "--run-config", f'overrides="{quoted}"']
+    if not superlink:
+        gpus = 1.0 / config.nodes if config.torch_device.type == "cuda" else 0.0
+        resources = f"num-cpus=1 client-resources-num-gpus={gpus}"
+        federation = f"num-supernodes={config.nodes} client-resources-{resources}"
+        command += ["--federation-config", federation]
     environment = {
         "FLWR_TELEMETRY_ENABLED": "0",
         # The app runs in this environment, which has what it needs already.
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_DEDUP_LOGS": "0",
-        **os.environ,
+        **(os.environ if place is None else place),
         "PATH": f"{flwr.parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
     failed = False

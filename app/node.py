@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterator
 from logging import WARNING
 from pathlib import Path
@@ -20,7 +21,15 @@ from torch import Tensor
 from app.config import from_run_config, load
 from app.host import hosted, objective, setting, source, trainer
 from app.programs import program_of
-from app.store import ContextStore, DirectoryStore, Store, recall, remember
+from app.store import (
+    ContextStore,
+    DirectoryStore,
+    Lost,
+    Store,
+    directory_of,
+    recall,
+    remember,
+)
 from strategies.acceptance import TRAINED
 from strategies.algorithm import Client, Vectors
 from strategies.engine import choose, train
@@ -52,10 +61,22 @@ class Node:
         run, own = self.trainer(), {"clients", "data-path"} & self.node.keys()
         return bool(own or run.fresh(run.objective.initial()[0]))
 
-    def store(self, context: Context, directory: str) -> Store:
-        """Return where the clients' memories are: a directory if there is one."""
-        path = str(self.node.get("state-dir", directory))
-        return DirectoryStore(Path(path)) if path else ContextStore(context.state)
+    def store(self, context: Context, order: ConfigRecord) -> Store:
+        """Return where this run's memories are.
+
+        In the node's own ``state-dir`` if it has one; else in the run's directory, if it is
+        on this machine (a simulation); else in Flower's context.
+        """
+        if "state-dir" in self.node:
+            run = str(order["run"])
+            if not re.fullmatch(r"[0-9a-f]{16}", run):
+                raise ValueError(f"{run[:40]!r} is no name of a run")
+            own = Path(str(self.node["state-dir"])).expanduser()
+            return DirectoryStore(directory_of(own, run), synced=True)
+        path = Path(str(order.get("state_dir", "")))
+        if path.is_absolute() and path.parent.is_dir():
+            return DirectoryStore(path)
+        return ContextStore(context.state)
 
 
 @functools.lru_cache(maxsize=2)
@@ -131,7 +152,6 @@ def train_all(
         Client id to the reason why it did not.
     """
     round_, keep = cast(int, order["round"]), cast(int, order["keep"])
-    store = node.store(context, str(order.get("state_dir", "")))
     named = dict(
         zip(
             cast(list[int], order["train"]),
@@ -140,8 +160,14 @@ def train_all(
         )
     )
     faults: dict[str, Any] = {}
-    fresh, jobs = run.fresh(down["theta"]), []
+    fresh = run.fresh(down["theta"])
+    lost, jobs = [], []
     mean_samples = cast(float, order["mean_samples"])
+    try:
+        store = node.store(context, order)
+    except OSError as error:  # a disk that is full or read-only costs all its clients
+        faults |= dict.fromkeys(map(str, named), f"state-dir: {_told(error)}")
+        named = {}
     for k, version in named.items():
         try:
             samples = node.samples(k)
@@ -149,6 +175,9 @@ def train_all(
             memory = recall(store, k, version, fresh)
             client = Client(k, size, size / mean_samples, samples.entropy)
             jobs.append(Job(client, part, memory))
+        except Lost as error:
+            faults[str(k)] = str(error)[:300]
+            lost.append(k)
         except Exception as error:
             faults[str(k)] = _told(error)
     device = node.config.torch_device
@@ -187,7 +216,32 @@ def train_all(
     names = ["trained", *TRAINED, *(f"metrics.{name}" for name in metrics)]
     columns = list(zip(*sorted(rows), strict=True)) or [()] * len(names)
     report: dict[str, Any] = {n: list(c) for n, c in zip(names, columns, strict=True)}
-    return mean, {"engine": int(engine == "vmap"), **report}, faults
+    report |= {"lost": lost, "engine": int(engine == "vmap")}
+    return mean, report, faults
+
+
+def remembered(
+    node: Node, run: Trainer, theta: Tensor, order: ConfigRecord, context: Context
+) -> tuple[Vectors, list[int]]:
+    """Return the sum of what the algorithm keeps at the named clients, and whose it is."""
+    store = node.store(context, order)
+    fresh, mine = run.fresh(theta), run.algorithm.fresh(theta)
+    sums = {n: torch.zeros(len(v), dtype=torch.float64) for n, v in mine.items()}
+    found = []
+    pairs = zip(
+        cast(list[int], order["clients"]),
+        cast(list[int], order["versions"]),
+        strict=True,
+    )
+    for k, version in pairs:
+        try:
+            memory = recall(store, k, version, fresh)
+        except Lost as error:
+            log(WARNING, "client %s: %s", k, error)
+            continue
+        sums = {n: v + memory[n].to("cpu", torch.float64) for n, v in sums.items()}
+        found.append(k)
+    return sums, found
 
 
 def _safely(

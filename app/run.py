@@ -19,10 +19,12 @@ from app.by_class import label_counts
 from app.callbacks import Callback, stops
 from app.config import load
 from app.errors import UserError
+from app.exchange import exchange
 from app.host import Setting, objective, setting, trainer
 from app.joining import wait_for_clients
 from app.records import read_rounds
 from app.resume import describe, find_unfinished
+from app.rounds import Rounds
 from app.rundir import RunDir
 from app.summary import clients_block, line, summarize, training_block
 from strategies.engine import unfit
@@ -88,7 +90,9 @@ class Run:
             evaluate_clients=self.config.evaluate_clients,
             work=self.config.local.steps_of,
             metrics=local.optimizer.metrics,
+            min_replies=self.config.min_replies,
         )
+        self.rounds = Rounds(self.federation, self.config, say)
         self.callbacks = [*stops(self.config.stop), *callbacks]
         self.records: list[dict[str, Any]] = []
         self.first = 1
@@ -190,17 +194,14 @@ class Run:
         """Take one round and return its record and its clients' rows."""
         began = time.perf_counter()
         federation = self.federation
-        arrays = pack({"theta": federation.server["theta"]})
-        messages = list(
-            federation.configure_train(round_, arrays, ConfigRecord(), grid)
-        )
-        sent = time.perf_counter()
-        replies = list(grid.send_and_receive(messages, timeout=self.config.deadline))
-        received = time.perf_counter()
-        federation.aggregate_train(round_, replies)
+        record: dict[str, Any] = {"round": round_}
+        taken = self.rounds.take(grid, round_)
+        if taken.anew:
+            record["reset"] = taken.anew
+        if taken.attempts > 1:
+            record["attempts"] = taken.attempts
         told = federation.round
         rows = [told.rows[k] for k in sorted(told.rows)]
-        record: dict[str, Any] = {"round": round_}
         every = self.config.evaluate_every
         if (every and round_ % every == 0) or round_ == self.config.rounds:
             record |= self._evaluate()
@@ -208,9 +209,8 @@ class Run:
             "cohort": told.accepted,
             "failed": {str(k): why for k, why in told.failed.items()},
         }
-        record["bytes"] = {"down": told.down, "up": told.up}
-        wire = received - sent
-        total = time.perf_counter() - began
+        record["bytes"] = {"down": dict(taken.down), "up": dict(taken.up)}
+        total, wire = time.perf_counter() - began, taken.wire
         busy = min(told.busy, wire)
         record["seconds"] = {
             "round": total,
@@ -220,7 +220,7 @@ class Run:
         }
         if training := training_block(rows):
             record["training"] = training
-        record["gradients"] = int(sum(row.get("gradients", 0) for row in rows))
+        record["gradients"] = taken.gradients
         record["engine"] = "+".join(sorted(told.engines))
         record["strategy"] = federation.norms()
         record["checks"] = {} if told.gap is None else {"memory_gap": told.gap}
@@ -255,7 +255,7 @@ class Run:
         last = self.records[-1]["round"] + 1
         arrays = pack({"theta": federation.server["theta"]})
         messages = federation.configure_evaluate(last, arrays, ConfigRecord(), grid)
-        replies = grid.send_and_receive(messages, timeout=self.config.deadline)
+        replies = exchange(grid, messages, self.config.deadline)
         federation.aggregate_evaluate(last, replies)
         rows = federation.round.rows
         self.directory.clients([rows[k] for k in sorted(rows)])
@@ -283,7 +283,8 @@ class Run:
         if every and round_ % every == 0:
             vectors, rest = self.federation.state()
             folder = self.directory.path / "checkpoints"
-            self.federation.keep = checkpoint.save(folder, round_, vectors, rest)
+            keep = self.config.checkpoint_keep
+            self.federation.keep = checkpoint.save(folder, round_, vectors, rest, keep)
         elif not every:
             self.federation.keep = round_
 

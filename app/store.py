@@ -10,16 +10,22 @@ named and drop the others.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Protocol
 
 from flwr.app import ArrayRecord, RecordDict
-from safetensors.torch import load_file, save_file
 
+from app import durable
 from strategies.algorithm import Vectors
-from strategies.wire import pack, unpack
+from strategies.wire import Refused, pack, unpack
+
+#: Runs whose memories a node keeps in its ``state-dir``.
+RUNS = 3
+
+
+class Lost(Exception):
+    """The version that the server names is not here any more."""
 
 
 class Store(Protocol):
@@ -70,10 +76,21 @@ class ContextStore:
 
 
 class DirectoryStore:
-    """Versions as files ``CLIENT/ROUND.safetensors`` below a directory, replaced atomically."""
+    """Versions as files ``CLIENT/ROUND.safetensors`` below a directory (see `app.durable`).
 
-    def __init__(self, path: Path) -> None:
+    A torn or rotten file is a version that is missing.
+
+    Parameters
+    ----------
+    path : Path
+        The directory, made when needed.
+    synced : bool
+        Whether a version must survive a power failure, not only the death of the process.
+    """
+
+    def __init__(self, path: Path, synced: bool = False) -> None:
         self.path = path
+        self.synced = synced
 
     def _file(self, client: int, version: int) -> Path:
         return self.path / str(client) / f"{version:08d}.safetensors"
@@ -86,31 +103,49 @@ class DirectoryStore:
         )
 
     def load(self, client: int, version: int, like: Vectors) -> Vectors:
-        """Return a version; KeyError if it is not here."""
+        """Return a version; KeyError if it is not here or not whole."""
         file = self._file(client, version)
-        if not file.exists():
-            raise KeyError(f"{file} is missing")
-        vectors: Vectors = load_file(file)
+        try:
+            vectors, header = durable.read(file)
+        except FileNotFoundError:
+            raise KeyError(f"{file} is missing") from None
+        except durable.Torn as error:
+            raise KeyError(str(error)) from None
+        if header != {"client": client, "version": version}:
+            raise KeyError(f"{file} is about {header}")
         for name, vector in like.items():
             if name not in vectors or vectors[name].shape != vector.shape:
                 raise KeyError(f"{file} holds another model's memory")
         return {n: vectors[n].to(v.dtype) for n, v in like.items()}
 
     def save(self, client: int, version: int, memory: Vectors) -> None:
-        """Write a version: a reader sees all of it or nothing."""
+        """Write a version: after a crash all of it is there, or nothing."""
         file = self._file(client, version)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        save_file({n: v.detach().cpu().contiguous() for n, v in memory.items()}, part)
-        os.replace(part, file)
+        if not file.parent.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if self.synced:
+                durable.sync(self.path)
+        durable.sweep(file.parent)
+        header = {"client": client, "version": version}
+        durable.write(file, memory, header, self.synced)
 
     def drop(self, client: int, version: int) -> None:
         """Remove a version."""
         self._file(client, version).unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Remove everything: a new run must not find another's memories."""
-        shutil.rmtree(self.path, ignore_errors=True)
+
+def directory_of(state_dir: Path, run: str) -> Path:
+    """Return the folder of one run below a node's ``state-dir``, and forget old runs.
+
+    The memories of the last `RUNS` runs are kept, so that a run may be resumed after another.
+    """
+    mine = state_dir / run
+    if not mine.exists():
+        mine.mkdir(parents=True)
+        others = [p for p in state_dir.iterdir() if p.is_dir() and p != mine]
+        for old in sorted(others, key=lambda p: p.stat().st_mtime)[: 1 - RUNS or None]:
+            shutil.rmtree(old, ignore_errors=True)
+    return mine
 
 
 def recall(store: Store, client: int, version: int, fresh: Vectors) -> Vectors:
@@ -118,12 +153,16 @@ def recall(store: Store, client: int, version: int, fresh: Vectors) -> Vectors:
 
     Raises
     ------
-    KeyError
+    Lost
         If the version is not here.
     """
     if not fresh or version == 0:
         return fresh
-    memory = store.load(client, version, fresh)
+    try:
+        memory = store.load(client, version, fresh)
+    except (KeyError, Refused) as error:
+        text = error.args[0] if error.args else error
+        raise Lost(f"the memory of round {version} is lost: {text}") from error
     return {n: v.to(fresh[n].device) for n, v in memory.items()}
 
 

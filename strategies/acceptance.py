@@ -40,6 +40,8 @@ class Accepted:
         What the local optimizer tells of each trained client's training.
     faults : dict of int to str
         The clients that failed there, and why.
+    lost : list of int
+        Those among them whose memory is not there any more.
     busy : float
         Seconds that the node worked.
     engine : str
@@ -54,6 +56,7 @@ class Accepted:
     scores: dict[str, list[float]]
     metrics: dict[str, list[float]]
     faults: dict[int, str]
+    lost: list[int]
     busy: float
     engine: str
 
@@ -122,6 +125,9 @@ def accept(
     counts = [*columns["steps"], *columns["gradients"]]
     if busy < 0 or not all(1 <= n < 2**40 for n in counts):
         raise Refused("report: seconds, steps or gradients are impossible")
+    lost = ids(report, "lost") if "lost" in report else []
+    if not faults.keys() >= set(lost):
+        raise Refused(f"report: clients {lost} lost what was not asked for"[:300])
     up: Vectors = {}
     if trained:
         up = unpack(content.array_records.get("up", ArrayRecord()), sizes, dtype)
@@ -134,6 +140,7 @@ def accept(
         scores,
         told,
         faults,
+        lost,
         busy,
         "vmap" if report.get("engine") == 1 else "loop",
     )
@@ -157,6 +164,10 @@ class Round:
         Bytes of model, state and metrics.
     gap : float or None
         Relative gap between the mirrored server vector and the mean of the clients' memories.
+    lost : list of int
+        Those of them who have lost their memory.
+    short : bool
+        Whether too few replies could be accepted, so that nothing came of the round.
     busy : float
         Seconds of the node that worked longest.
     engines : set of str
@@ -170,6 +181,8 @@ class Round:
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
     gap: float | None = None
+    lost: list[int] = field(default_factory=list)
+    short: bool = False
     busy: float = 0.0
     engines: set[str] = field(default_factory=set)
 
@@ -211,6 +224,7 @@ class Round:
         if reply.trained:
             self.engines.add(reply.engine)
         self.failed |= reply.faults
+        self.lost += reply.lost
         self.busy = max(self.busy, reply.busy)
 
     def enter_failed(self, roster: Roster) -> None:

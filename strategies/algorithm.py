@@ -147,6 +147,26 @@ class Witness(Protocol):
         """
 
 
+class Mirrored(Algorithm, Protocol):
+    """An algorithm whose server holds means of the clients' memories (``mirror`` is not None)."""
+
+    def recount(self, server: Vectors, sums: Vectors, seen: int, total: int) -> Vectors:
+        """Return the server's vectors with those means made anew.
+
+        It serves when a client has lost its memory and begins again: what the server held of it
+        is in no memory any more.
+
+        Parameters
+        ----------
+        server : Vectors
+            The server's vectors.
+        sums : Vectors
+            The sum of each memory vector, shape (d,), over the clients that have one.
+        seen, total : int
+            How many these are, and m, all clients of the federation.
+        """
+
+
 def sizes(algorithm: Algorithm, theta: Tensor) -> dict[str, int]:
     """Return the length of each vector that a client returns, from a training of no steps."""
     down = algorithm.down(algorithm.start(theta))

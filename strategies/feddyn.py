@@ -132,6 +132,14 @@ class FedDyn:
             after["initial"] = server["initial"]
         return after
 
+    def recount(self, server: Vectors, sums: Vectors, seen: int, total: int) -> Vectors:
+        """Return h, and the mean of the last models, from what the clients remember."""
+        after = {**server, "h": sums["gradient"] / total}
+        if self.mean_of_all:
+            unseen = (total - seen) * server["initial"]
+            after["all"] = (sums["last"] + unseen) / total
+        return after
+
     def models(self, server: Vectors) -> Vectors:
         """Return the reported model first, then the others."""
         models = {"server": server["theta"], "active": server["active"]}

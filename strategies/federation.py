@@ -8,6 +8,7 @@ reply changes nothing anywhere.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import WARNING
 from typing import Any
@@ -59,6 +60,8 @@ class Federation(Strategy):
         From a client's samples to the length of its training, by which nodes share the work.
     metrics : sequence of str
         Names of the numbers that the local optimizer tells of each training.
+    min_replies : int
+        Clients that must be accepted for a round to count; with fewer the model stays.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Federation(Strategy):
         evaluate_clients: str = "all",
         work: Callable[[int], int] = int,
         metrics: Sequence[str] = (),
+        min_replies: int = 0,
     ) -> None:
         self.algorithm = algorithm
         self.server = algorithm.start(theta)
@@ -85,10 +89,13 @@ class Federation(Strategy):
         self.evaluate_clients = evaluate_clients
         self.work = work
         self.metrics = metrics
+        self.min_replies = min_replies
         self.ledger: dict[int, int] = {}
         self.probes: dict[int, float] = {}
         self.keep = 0
         self.state_dir = ""
+        # Tells this run from others in a node's own directory; a resumed run keeps it.
+        self.key = secrets.token_hex(8)
         self.round = Round(0)
         self._asked: dict[int, tuple[list[int], list[int]]] = {}
         self._probe = probe_direction(seed, len(theta))
@@ -137,14 +144,18 @@ class Federation(Strategy):
                 "evaluate": [k for k in evaluate if hosts[k] == node],
                 "keep": self.keep,
                 "mean_samples": self.roster.mean_samples,
+                **self.place(),
             }
-            if self.state_dir:
-                order["state_dir"] = self.state_dir
             content = RecordDict({"down": down, "order": ConfigRecord(order)})
             _add(self.round.down, weigh(content))
             messages.append(Message(content, node, kind, group_id=str(server_round)))
             self._asked[node] = mine, order["evaluate"]
         return messages
+
+    def place(self) -> dict[str, str]:
+        """Return what tells a node where this run's memories are."""
+        here = {"state_dir": self.state_dir} if self.state_dir else {}
+        return {"run": self.key, **here}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -165,7 +176,9 @@ class Federation(Strategy):
             why = "no reply before the deadline"
             log(WARNING, "round %s: node %s: %s", server_round, node, why)
             self.round.failed |= dict.fromkeys(asked, why)
-        arrays = self._step(server_round, mean, probes) if probes else None
+        self.round.short = len(probes) < self.min_replies
+        usable = probes and not self.round.short
+        arrays = self._step(server_round, mean, probes) if usable else None
         if arrays is None:
             log(WARNING, "round %s: nothing usable, the model stays", server_round)
         self.round.enter_failed(self.roster)
@@ -268,6 +281,7 @@ class Federation(Strategy):
             "ledger": {str(k): r for k, r in self.ledger.items()},
             "probes": {str(k): p for k, p in self.probes.items()},
             "mean_samples": self.roster.mean_samples,
+            "run": self.key,
         }
         return {**self.server, "buffers": self.buffers}, rest
 
@@ -278,6 +292,7 @@ class Federation(Strategy):
         self.ledger = {int(k): r for k, r in rest["ledger"].items()}
         self.probes = {int(k): p for k, p in rest["probes"].items()}
         self.roster.mean_samples = rest["mean_samples"]
+        self.key = rest["run"]
 
 
 def _add(total: dict[str, int], part: Mapping[str, int]) -> None:

@@ -88,6 +88,10 @@ class Scaffold:
             "control": server["control"] + share * mean["control"],
         }
 
+    def recount(self, server: Vectors, sums: Vectors, seen: int, total: int) -> Vectors:
+        """Return c from what the clients remember."""
+        return {**server, "control": sums["control"] / total}
+
     def models(self, server: Vectors) -> Vectors:
         """Return the server's model."""
         return {"server": server["theta"]}

@@ -1,0 +1,167 @@
+"""`./run.sh deploy`: a small real deployment on this machine, for one job, and torn down.
+
+    ./run.sh deploy                                  three nodes, a client and data of its own each
+    ./run.sh deploy nodes=4 strategy=scaffold rounds=10
+
+An authority, a certificate and a key for each node are made; a SuperLink with TLS and node
+authentication and a SuperNode for each node are started as processes of their own; the job goes
+through `flwr run`, as a person would send it. What was started is ended, also after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.config import Config, load
+from app.deployment import LINK, Deployment
+from app.errors import UserError
+from app.experiment import run_flower
+from app.host import Samples, setting
+from app.run import Say
+
+#: What a deployment without settings runs.
+DEFAULTS = ("deployment=shared_data", "nodes=3", "rounds=5", "evaluate_clients=cohort")
+
+
+def settings(given: Sequence[str]) -> list[str]:
+    """Return the settings of the job: as many clients as nodes, unless it is said otherwise."""
+    found = [*DEFAULTS, *given]
+    named = {o.split("=")[0].lstrip("+") for o in given}
+    if "clients" not in named and "experiment" not in named:
+        found.append(f"clients={load([*found, 'clients=1000000']).nodes}")
+        if "clients_per_round" not in named:
+            found.append("clients_per_round=${clients}")
+    return found
+
+
+def hosting(config: Config) -> list[list[int]]:
+    """Return the clients of each node: node i has those whose id leaves the remainder i."""
+    total = config.clients + config.holdout_clients
+    return [list(range(i, total, config.nodes)) for i in range(config.nodes)]
+
+
+def own_data(file: Path, part: Samples) -> Path:
+    """Write one client's samples as the data of its node."""
+    x, y = part.train.x.cpu().numpy(), part.train.y.cpu().numpy()
+    mine = part.train.index.cpu().numpy()
+    judged = part.judged()[1].index.cpu().numpy()
+    np.savez(file, x=x[mine], y=y[mine], x_test=x[judged], y_test=y[judged])
+    return file
+
+
+def build(deployment: Deployment, overrides: Sequence[str], say: Say) -> dict[str, str]:
+    """Start the SuperLink and a node for each of ``nodes``; return their ids by name."""
+    config, data = load(overrides), setting(tuple(overrides))
+    deployment.start_link()
+    say(f"SuperLink at {deployment.address}, TLS, registered nodes only")
+    names = {}
+    for i, clients in enumerate(hosting(config), start=1):
+        name = f"node-{i}"
+        node: dict[str, Any] = {"clients": ",".join(map(str, clients))}
+        home = deployment.folder / name
+        home.mkdir()
+        if len(clients) == 1 and data.parts:
+            file = own_data(home / "data.npz", data.samples(clients[0]))
+            node["data-path"] = str(file)
+        names[deployment.add_node(name, node)] = name
+        deployment.start_node(name)
+    deployment.wait_online(config.nodes)
+    return names
+
+
+def status(
+    deployment: Deployment, names: dict[str, str], config: Config, run: Path | None
+) -> str:
+    """Return a table of the nodes: who is there, whom it hosts, what came of its work."""
+    trained: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
+    if run is not None:
+        with (run / "clients.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                trained[row["node"]] += bool(row["steps"])
+                failed[row["node"]] += bool(row["error"])
+    states = {n["node-id"]: n["status"] for n in deployment.listed()}
+    rows = [("node", "id", "status", "clients", "trained", "left out", "process")]
+    for (node, name), clients in zip(names.items(), hosting(config), strict=True):
+        process = deployment.nodes.get(name)
+        alive = f"{process.pid}" if process and process.poll() is None else "ended"
+        hosts = ",".join(map(str, clients[:6])) + (",..." if len(clients) > 6 else "")
+        state, done = states.get(node, "unknown"), (trained[node], failed[node])
+        rows.append((name, node, state, hosts, *map(str, done), alive))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def deploy(given: Sequence[str], say: Say = print) -> Path:
+    """Build a deployment, run a job on it, and tear it down.
+
+    Parameters
+    ----------
+    given : sequence of str
+        Settings, as Hydra overrides.
+    say : callable
+        Where the lines for a person go.
+
+    Returns
+    -------
+    Path
+        The run's directory.
+
+    Raises
+    ------
+    UserError
+        If the settings are wrong, or a part of the deployment does not start.
+    """
+    overrides = settings(given)
+    config = load(overrides)
+    setting(tuple(overrides))
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    base = Path(config.output_dir).expanduser().resolve()
+    deployment = Deployment(base / f"deploy-{stamp}-{os.getpid()}")
+    say(f"deployment: {deployment.folder}")
+    job = [*overrides, f"output_dir='{deployment.folder}/runs'"]
+    try:
+        names = build(deployment, overrides, say)
+        say(status(deployment, names, config, None))
+        run_flower(job, say, LINK, deployment.environment())
+        (run,) = (deployment.folder / "runs").iterdir()
+        say(status(deployment, names, config, run))
+        return run
+    finally:
+        deployment.stop()
+        say("deployment ended")
+
+
+def main() -> None:
+    """Deploy with the settings of the command line."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        deploy(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""A deployment on this machine: a SuperLink, some SuperNodes, and who may talk to whom.
+
+The same pieces as on real hosts (docs/deployment.md): an authority of its own, TLS, a registered
+key for each node. Every process carries a mark in its environment, so that what is ended is what
+was started here, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from app import credentials
+from app.errors import UserError
+
+MARK = "FEDGRAD_DEPLOYMENT"
+HOST = "127.0.0.1"
+#: The name of the connection in Flower's config.toml.
+LINK = "deployment"
+
+
+class Deployment:
+    """A SuperLink and its SuperNodes as processes of this machine.
+
+    Parameters
+    ----------
+    folder : Path
+        A new folder for certificates, keys, the database, logs and the nodes' own folders.
+
+    Attributes
+    ----------
+    nodes : dict of str to Popen
+        The running SuperNodes by name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.folder.mkdir(parents=True)
+        self.certificates = self.folder / "certificates"
+        self.home = self.folder / "flower"
+        for path in (self.home, self.folder / "logs"):
+            path.mkdir()
+        self.port, *self._ports = free_ports(17)
+        self.link: subprocess.Popen[bytes] | None = None
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
+        credentials.authority(self.certificates)
+        credentials.server(self.certificates, ["localhost", HOST])
+        (self.home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{LINK}"\n\n[superlink.{LINK}]\n'
+            f'address = "{self.address}"\n'
+            f"root-certificates = {json.dumps(str(self.certificates / 'ca.crt'))}\n"
+        )
+
+    @property
+    def address(self) -> str:
+        """Where the SuperLink listens, for nodes and for people."""
+        return f"{HOST}:{self.port}"
+
+    def environment(self, home: Path | None = None) -> dict[str, str]:
+        """Return the environment of a process of this deployment."""
+        tools = str(Path(sys.executable).parent)
+        return {
+            **os.environ,
+            "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}",
+            "FLWR_HOME": str(home or self.home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            # The app runs in this environment, which has what it needs already.
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            # A ClientApp starts when its message arrives, not up to a second later.
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+            "PYTHONUNBUFFERED": "1",
+            MARK: str(self.folder),
+        }
+
+    def _start(
+        self, name: str, command: Sequence[str], home: Path
+    ) -> subprocess.Popen[bytes]:
+        """Start a process that writes to its own log."""
+        with (self.folder / "logs" / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [_tool(command[0]), *command[1:]],
+                env=self.environment(home),
+                cwd=home,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def start_link(self, patience: float = 60) -> None:
+        """Start the SuperLink, with TLS and node authentication, and wait until it answers.
+
+        Its database is a file: runs, messages and registered nodes survive a restart.
+
+        Raises
+        ------
+        UserError
+            If it does not answer in time; its log says why.
+        """
+        files = self.certificates
+        home = self.folder / "superlink"
+        home.mkdir(exist_ok=True)
+        command = ["flower-superlink", "--host", HOST, "--port", self.port]
+        command += ["--ssl-ca-certfile", str(files / "ca.crt")]
+        command += ["--ssl-certfile", str(files / "server.pem")]
+        command += ["--ssl-keyfile", str(files / "server.key")]
+        command += [
+            "--enable-supernode-auth",
+            "--disable-runtime-dependency-installation",
+        ]
+        command += ["--database", str(home / "state.db")]
+        self.link = self._start("superlink", command, home)
+        end = time.monotonic() + patience
+        while time.monotonic() < end and self.link.poll() is None:
+            if self.flwr("supernode", "list", "--format", "json")[0] == 0:
+                return
+            time.sleep(0.2)
+        raise UserError(f"the SuperLink does not answer; see {self.log('superlink')}")
+
+    def add_node(self, name: str, config: Mapping[str, Any], known: bool = True) -> str:
+        """Give a node a folder and a key, and register the key.
+
+        Parameters
+        ----------
+        name : str
+            Its name.
+        config : mapping
+            Its node config; ``state-dir`` is added, in its folder.
+        known : bool
+            Whether the key is registered; a stranger's is not.
+
+        Returns
+        -------
+        str
+            Its id; empty for a stranger.
+
+        Raises
+        ------
+        UserError
+            If the SuperLink does not register it.
+        """
+        home = self.folder / name
+        (home / "state").mkdir(parents=True)
+        public = credentials.node_key(home / "key")
+        given = {"state-dir": str(home / "state"), **config}
+        (home / "node.json").write_text(json.dumps(given))
+        if not known:
+            return ""
+        command = ["supernode", "register", str(public), LINK, "--name", name]
+        code, text = self.flwr(*command, "--format", "json")
+        if code:
+            raise UserError(f"{name}: its key was not registered: {text.strip()}")
+        return str(json.loads(text)["node-id"])
+
+    def start_node(self, name: str, *options: str) -> None:
+        """Start, or start again, a node that was added; options replace the TLS ones."""
+        home = self.folder / name
+        given = json.loads((home / "node.json").read_text())
+        config = " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
+        port = home / "port"
+        if not port.exists():
+            port.write_text(self._ports.pop())
+        trust = options or ("--root-certificates", str(self.certificates / "ca.crt"))
+        command = ["flower-supernode", "--superlink", self.address, *trust]
+        command += ["--auth-supernode-private-key", str(home / "key")]
+        command += ["--host", HOST, "--port", port.read_text()]
+        command += ["--node-config", config]
+        self.nodes[name] = self._start(name, command, home)
+
+    def log(self, name: str) -> Path:
+        """Return the log of a process: ``superlink`` or a node's name."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def flwr(self, *arguments: str) -> tuple[int, str]:
+        """Run Flower's command line as the operator; return its exit status and output."""
+        command = [_tool("flwr"), *arguments]
+        environment = self.environment() | {"NO_COLOR": "1", "COLUMNS": "200"}
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+        return done.returncode, done.stdout
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Return what the SuperLink says of the registered nodes."""
+        code, text = self.flwr("supernode", "list", LINK, "--format", "json")
+        if code:
+            raise UserError(f"the SuperLink does not answer: {text.strip()}")
+        found: list[dict[str, Any]] = json.loads(text)["nodes"]
+        return found
+
+    def wait_online(self, count: int, patience: float = 60) -> None:
+        """Wait until so many nodes are online.
+
+        Raises
+        ------
+        UserError
+            If a node ends, or they take too long.
+        """
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            dead = [n for n, p in self.nodes.items() if p.poll() is not None]
+            if dead:
+                raise UserError(f"{dead[0]} has ended; see {self.log(dead[0])}")
+            online = [n for n in self.listed() if n["status"] == "online"]
+            if len(online) >= count:
+                return
+            time.sleep(0.3)
+        raise UserError(f"{count} nodes did not come online within {patience:g} s")
+
+    def processes(self) -> dict[int, str]:
+        """Return the living processes of this deployment: id -> command line."""
+        return marked(f"{MARK}={self.folder}")
+
+    def kill_node(self, name: str) -> None:
+        """End a node as a power failure does: it, and the ClientApp that it had started."""
+        home = f"FLWR_HOME={self.folder / name}"
+        end_all(lambda: marked(home), signal.SIGKILL)
+        self.nodes.pop(name).wait()
+
+    def stop(self) -> None:
+        """End every process of this deployment, politely first.
+
+        Raises
+        ------
+        UserError
+            If one would not end.
+        """
+        for process in [*self.nodes.values(), self.link]:
+            if process is not None and process.poll() is None:
+                process.terminate()
+        for how, patience in ((signal.SIGTERM, 8.0), (signal.SIGKILL, 5.0)):
+            if not end_all(self.processes, how, patience):
+                break
+        for process in [*self.nodes.values(), self.link]:
+            if process is not None:
+                process.wait(5)
+        self.nodes, self.link = {}, None
+        if left := self.processes():
+            raise UserError(f"processes {sorted(left)} would not end")
+
+
+def free_ports(count: int) -> list[str]:
+    """Return ports that are free now, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind((HOST, 0))
+        return [str(each.getsockname()[1]) for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def marked(mark: str) -> dict[int, str]:
+    """Return the living processes with this ``NAME=VALUE`` in their environment (Linux)."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        if entry.name == str(os.getpid()):
+            continue
+        try:
+            if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                found[int(entry.name)] = b" ".join(words).decode(errors="replace")
+        except OSError:
+            continue  # ended meanwhile, or another user's
+    return found
+
+
+def end_all(find: Any, how: signal.Signals, patience: float = 5.0) -> Iterable[int]:
+    """Signal all that ``find`` finds, again while new ones appear; return who is left."""
+    limit, told = time.monotonic() + patience, set[int]()
+    while left := find():
+        if time.monotonic() > limit:
+            return sorted(left)
+        for pid in left.keys() - told:
+            try:
+                os.kill(pid, how)
+            except ProcessLookupError:
+                continue
+            told.add(pid)
+        time.sleep(0.05)
+    return []
+
+
+def _tool(name: str) -> str:
+    """Return a command of this Python's environment."""
+    return str(Path(sys.executable).with_name(name))

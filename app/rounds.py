@@ -1,0 +1,135 @@
+"""One round over the network: sent, waited for, and taken again if too few have answered."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flwr.app import ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from app.config import Config
+from app.errors import UserError
+from app.exchange import exchange
+from strategies.federation import Federation
+from strategies.recovery import begin_anew
+from strategies.wire import pack
+
+
+@dataclass
+class Taken:
+    """What a round cost, over all its attempts.
+
+    Attributes
+    ----------
+    attempts : int
+        How often it was taken.
+    anew : list of int
+        Clients that began anew before it, because they had lost their memory.
+    wire : float
+        Seconds between sending and the last reply.
+    down, up : Counter
+        Bytes of model, state and metrics.
+    gradients : int
+        Gradient evaluations of the clients.
+    """
+
+    attempts: int = 0
+    anew: list[int] = field(default_factory=list)
+    wire: float = 0.0
+    down: Counter[str] = field(default_factory=Counter)
+    up: Counter[str] = field(default_factory=Counter)
+    gradients: int = 0
+
+
+class Rounds:
+    """Takes the rounds of a run.
+
+    Parameters
+    ----------
+    federation : Federation
+        The strategy.
+    config : Config
+        Deadline, least number of replies, and what becomes of lost memories.
+    say : callable
+        Where the lines for a person go.
+    """
+
+    def __init__(
+        self, federation: Federation, config: Config, say: Callable[[str], None]
+    ) -> None:
+        self.federation = federation
+        self.config = config
+        self.say = say
+        self.lost: set[int] = set()
+
+    def take(self, grid: Grid, round_: int) -> Taken:
+        """Take one round; ``federation.round`` then tells what happened.
+
+        A repeated round has the same cohort (of those who are there), and its clients begin from
+        the same versions, so an attempt that failed leaves no trace.
+
+        Raises
+        ------
+        UserError
+            If every attempt had too few replies, or a client has lost its memory and
+            ``lost_state=fail``.
+        """
+        federation, config, taken = self.federation, self.config, Taken()
+        if self.lost:
+            taken.anew = self._begin_anew(grid)
+        for taken.attempts in range(1, config.attempts + 1):
+            arrays = pack({"theta": federation.server["theta"]})
+            messages = federation.configure_train(round_, arrays, ConfigRecord(), grid)
+            began = time.perf_counter()
+            replies = exchange(grid, messages, config.deadline)
+            taken.wire += time.perf_counter() - began
+            federation.aggregate_train(round_, replies)
+            told = federation.round
+            taken.down.update(told.down)
+            taken.up.update(told.up)
+            for row in told.rows.values():
+                taken.gradients += int(row.get("gradients", 0))
+            self._lose(told.lost)
+            if not told.short:
+                return taken
+            self.say(f"round {round_}: too few replies, attempt {taken.attempts}")
+            self._regather(grid)
+        hint = "; resume it when the nodes are back" if config.checkpoint_every else ""
+        raise UserError(
+            f"round {round_}: fewer than min_replies={config.min_replies} replies in "
+            f"{config.attempts} attempts{hint}"
+        )
+
+    def _lose(self, clients: list[int]) -> None:
+        """Do as ``lost_state`` says with clients that have lost their memory."""
+        if clients and self.config.lost_state == "fail":
+            k = clients[0]
+            raise UserError(
+                f"client {k}: {self.federation.round.failed[k]}; restore it and resume, or "
+                "choose lost_state=reset or lost_state=skip"
+            )
+        if self.config.lost_state == "reset":
+            self.lost |= set(clients)
+
+    def _begin_anew(self, grid: Grid) -> list[int]:
+        """Let those who have lost their memory begin anew, and return who does."""
+
+        def ask(messages: list[Message]) -> list[Message]:
+            return exchange(grid, messages, self.config.deadline)
+
+        self.federation.roster.call(grid)
+        anew = begin_anew(self.federation, self.lost, ask)
+        self.lost -= set(anew)
+        return anew
+
+    def _regather(self, grid: Grid) -> None:
+        """Wait, for a deadline at most, until enough clients are there for a round."""
+        roster, end = self.federation.roster, time.monotonic() + self.config.deadline
+        while time.monotonic() < end:
+            roster.call(grid)
+            if len(roster.trainable()) >= self.config.min_replies:
+                return
+            time.sleep(0.5)

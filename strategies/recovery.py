@@ -1,0 +1,125 @@
+"""When a client has lost the memory that the ledger names: it begins anew, and the books agree.
+
+An algorithm's server may hold the mean of all clients' memories (FedDyn's h, SCAFFOLD's c). What
+a client has lost is still in that mean, and nobody else knows it. So the others are asked for the
+sum of what they remember, each client in the version that the ledger names; the mean is made anew
+from it, with nothing for the client that has lost. After that the client is one that never took
+part, and server and memories agree exactly.
+
+Until every other client has answered, the one that lost sits out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from logging import WARNING
+from typing import cast
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.logger import log
+
+from strategies.algorithm import Mirrored, Vectors
+from strategies.federation import Federation, probe_direction
+from strategies.wire import Refused, ids, unpack
+
+MEMORIES = f"{MessageType.QUERY}.memories"
+Exchange = Callable[[list[Message]], Iterable[Message]]
+
+
+def begin_anew(
+    federation: Federation, lost: Iterable[int], exchange: Exchange
+) -> list[int]:
+    """Let clients that have lost their memory begin anew, if the books can be made to agree.
+
+    Parameters
+    ----------
+    federation : Federation
+        The strategy; its ledger and its server vectors are changed.
+    lost : iterable of int
+        The clients.
+    exchange : callable
+        Sends messages and returns their replies.
+
+    Returns
+    -------
+    list of int
+        Those that begin anew; empty if some of the others cannot be asked now.
+    """
+    ledger = federation.ledger
+    gone = sorted(ledger.keys() & set(lost))
+    if gone and federation.algorithm.mirror is not None:
+        try:
+            sums = _sums(federation, sorted(ledger.keys() - set(gone)), exchange)
+        except Refused as error:
+            log(WARNING, "clients %s cannot begin anew yet: %s", gone, error)
+            return []
+        seen, total = len(ledger) - len(gone), federation.roster.clients
+        algorithm = cast(Mirrored, federation.algorithm)
+        federation.server = algorithm.recount(federation.server, sums, seen, total)
+    for k in gone:
+        del ledger[k]
+        federation.probes.pop(k, None)
+    return gone
+
+
+def _sums(federation: Federation, clients: list[int], exchange: Exchange) -> Vectors:
+    """Return the sum over clients of each of their memory vectors.
+
+    Raises
+    ------
+    Refused
+        If a client is not there, or does not tell, or tells what its reports contradict.
+    """
+    roster, theta = federation.roster, federation.server["theta"]
+    away = [k for k in clients if k not in roster.hosts]
+    if away:
+        raise Refused(f"clients {away} are not there"[:300])
+    messages = []
+    for node in sorted({roster.hosts[k] for k in clients}):
+        mine = [k for k in clients if roster.hosts[k] == node]
+        order = {"clients": mine, "versions": [federation.ledger[k] for k in mine]}
+        content = RecordDict({"order": ConfigRecord({**order, **federation.place()})})
+        messages.append(Message(content, node, MEMORIES))
+    fresh = federation.algorithm.fresh(theta)
+    sizes = {name: len(vector) for name, vector in fresh.items()}
+    sums = {n: torch.zeros(len(v), dtype=torch.float64) for n, v in fresh.items()}
+    told: list[int] = []
+    replies = exchange(messages)
+    for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
+        if reply.has_error():
+            raise Refused(reply.error.reason)
+        report = reply.content.metric_records.get("report")
+        if report is None:
+            raise Refused("no report")
+        named = ids(report, "clients")
+        record = reply.content.array_records.get("sums", ArrayRecord())
+        part = unpack(record, sizes, torch.float64)
+        _audit(federation, part, named)
+        sums = {n: v + part[n] for n, v in sums.items()}
+        told += named
+    if sorted(told) != clients:
+        missing = sorted(set(clients) - set(told))
+        raise Refused(f"clients {missing} did not tell what they remember"[:300])
+    return {n: v.to(theta.dtype) for n, v in sums.items()}
+
+
+def _audit(federation: Federation, sums: Vectors, clients: list[int]) -> None:
+    """Compare a sum of memories with what its clients reported of them.
+
+    Raises
+    ------
+    Refused
+        If a client has never reported, or the sum is another one.
+    """
+    probes, mirror = federation.probes, federation.algorithm.mirror
+    assert mirror is not None
+    unknown = [k for k in clients if k not in probes]
+    if unknown or len(set(clients)) < len(clients):
+        raise Refused(f"clients {clients} were not asked"[:300])
+    told = sum(probes[k] for k in clients)
+    scale = sum(abs(probes[k]) for k in clients)
+    vector = sums[mirror[0]]
+    found = float(vector @ probe_direction(federation.roster.seed, len(vector)))
+    if abs(found - told) > 1e-3 * scale + 1e-9:
+        raise Refused(f"the memories of clients {clients} differ from reports"[:300])
