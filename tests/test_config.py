@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app import experiment
-from app.compose import PARTS, PRESETS, names
+from app.compose import PARTS, names
 from app.config import FIRST_CLASS, Config, from_run_config, load, to_run_config
 from app.errors import UserError
 
