@@ -20,11 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
 from app.binding import Group, Model, bind, explain
-from app.compose import PARTS, PRESETS, compose, first_line
+from app.compose import PARTS, PRESETS, compose, first_line, names
 from app.errors import UserError, nearest
 from app.programs import known
 from strategies.engine import Choice
-from strategies.local import Local
+from strategies.local import Local, missing
 from strategies.wire import DTYPES
 
 #: The keys of [tool.flwr.app.config] besides `overrides`.
@@ -192,11 +192,28 @@ def _check(config: Config) -> None:
         )
     if config.program is not None:
         known(config.program)
-    bind("strategy", config.strategy)
-    bind("optimizer", config.optimizer)
+    _check_optimizer(config)
     bind("data", config.data)
     bind("partition", config.partition, ("labels", "natural", "clients", "seed"))
     bind("model", config.model, ("input_shape", "outputs", "vocabulary"))
+
+
+def _check_optimizer(config: Config) -> None:
+    """Raise UserError if the algorithm needs another local optimizer."""
+    algorithm = bind("strategy", config.strategy)()
+    lacking = missing(algorithm, bind("optimizer", config.optimizer)())
+    if not lacking:
+        return
+    fitting = []
+    for name in names("optimizer"):
+        other = load([f"optimizer={name}"]).optimizer
+        if not missing(algorithm, bind("optimizer", other)()):
+            fitting.append(f"optimizer={name}")
+    raise UserError(
+        f"strategy={config.strategy.name} needs {' and '.join(lacking)} in the state of "
+        f"the local optimizer, and optimizer={config.optimizer.name} has none; use "
+        f"{' or '.join(fitting)}"
+    )
 
 
 def from_run_config(run_config: Mapping[str, Any]) -> list[str]:

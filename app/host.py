@@ -88,6 +88,15 @@ class Setting:
             self._cut[k] = split(self.dataset.train, self.parts[k], self.config, k)
         return self._cut[k]
 
+    def test(self) -> Split:
+        """Return the test set: the data's own, or else what the clients keep of theirs."""
+        own, config = self.dataset.test, self.config
+        if len(own) or not (self.parts and config.client_test):
+            return own
+        kept = [self.samples(k).test.index for k in range(config.clients)]
+        rows, train = torch.cat(kept), self.dataset.train
+        return Split(train.x[rows], train.y[rows])
+
 
 def place(part: Split, device: torch.device, dtype: torch.dtype) -> Split:
     """Move samples to a device, floats in the given dtype."""

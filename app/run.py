@@ -71,11 +71,12 @@ class Run:
         self.say = say
         torch.set_num_threads(self.config.threads)
         self.setting: Setting = setting(self.overrides)
+        self.test = self.setting.test()
         self.objective: Objective = objective(self.config, self.setting.dataset)
         if self.config.engine == "vmap" and (why := unfit(self.objective)):
             raise UserError(f"engine=vmap: {why}; use engine=auto")
         local = trainer(self.config, self.objective)
-        if why := local.unfit():
+        if why := local.optimizer.unfit(self.objective):
             raise UserError(f"optimizer={self.config.optimizer.name}: {why}")
         theta, buffers = self.objective.initial()
         self.federation = Federation(
@@ -235,7 +236,7 @@ class Run:
 
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate every model worth a name on the test set; the first is reported."""
-        test = self.setting.dataset.test
+        test = self.test
         if not len(test.y):
             return {}
         models = {}

@@ -2,7 +2,9 @@
 
 Each is converted once into a normalized float32 tensor. Every set takes ``root`` (the
 folder that torchvision would be given), ``download`` (fetch what is missing), and
-``validation`` with ``seed`` (see `app.data.hold_out`).
+``validation`` with ``seed`` (see `app.data.hold_out`). MNIST and Fashion-MNIST take
+``pool`` too: their halves become one training set, and the test set is what each client
+keeps of its share (``client_test``).
 """
 
 from collections.abc import Sequence
@@ -48,20 +50,38 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def mnist(
-    root: str, download: bool = False, validation: Fraction = 0.0, seed: Seed = 0
+    root: str,
+    download: bool = False,
+    pool: bool = False,
+    normalize: Literal["whole", "pixels"] = "whole",
+    validation: Fraction = 0.0,
+    seed: Seed = 0,
 ) -> Dataset:
     """Return MNIST: 60,000 + 10,000 handwritten digits, x (n, 1, 28, 28).
+
+    Parameters
+    ----------
+    pool : bool
+        Put all 70,000 into the training set, none into the test set.
+    normalize : str
+        Mean and standard deviation are those of the ``whole`` set, or each of the
+        ``pixels`` has its own, as Elbakary et al. 2024 do it.
 
     Raises
     ------
     UserError
         If the files are missing or damaged.
     """
-    return _greys("MNIST", root, download, MNIST, validation, seed)
+    constants = None if normalize == "pixels" else MNIST
+    return _greys("MNIST", root, download, constants, pool, validation, seed)
 
 
 def fashion_mnist(
-    root: str, download: bool = False, validation: Fraction = 0.0, seed: Seed = 0
+    root: str,
+    download: bool = False,
+    pool: bool = False,
+    validation: Fraction = 0.0,
+    seed: Seed = 0,
 ) -> Dataset:
     """Return Fashion-MNIST: 60,000 + 10,000 pieces of clothing, x (n, 1, 28, 28).
 
@@ -70,7 +90,8 @@ def fashion_mnist(
     UserError
         If the files are missing or damaged.
     """
-    return _greys("FashionMNIST", root, download, FASHION_MNIST, validation, seed)
+    constants = FASHION_MNIST
+    return _greys("FashionMNIST", root, download, constants, pool, validation, seed)
 
 
 def emnist(
@@ -191,20 +212,33 @@ def _greys(
     name: str,
     root: str,
     download: bool,
-    constants: tuple[Sequence[float], Sequence[float]],
+    constants: tuple[Sequence[float], Sequence[float]] | None,
+    pool: bool,
     validation: float,
     seed: int,
 ) -> Dataset:
     halves = [_load(name, root, download, train) for train in (True, False)]
-    splits = [
-        Split(
-            normalize(half.data.unsqueeze(1), *constants), half.targets.to(torch.int64)
-        )
-        for half in halves
-    ]
+    images = [half.data.unsqueeze(1) for half in halves]
+    targets = [half.targets.to(torch.int64) for half in halves]
+    if pool:
+        images = [torch.cat(images), images[1][:0]]
+        targets = [torch.cat(targets), targets[1][:0]]
+    if constants:
+        inputs = [normalize(part, *constants) for part in images]
+    else:
+        inputs = _by_pixel(images)
+    splits = [Split(x, y) for x, y in zip(inputs, targets, strict=True)]
     names = [str(label) for label in halves[0].classes]
     data = Dataset(splits[0], splits[1], len(names), "cross_entropy", None, names)
     return hold_out(data, validation, seed)
+
+
+def _by_pixel(images: Sequence[Tensor]) -> list[Tensor]:
+    """Normalize bytes by the mean and deviation that each pixel has in the first part."""
+    first, *others = (part.to(torch.float32) for part in images)
+    # The deviation of a pixel that never changes is 0; one grey level of 255 is 1.
+    mean, scale = first.mean(0), first.std(0, correction=0).add_(1e-3)
+    return [part.sub_(mean).div_(scale) for part in (first, *others)]
 
 
 def _colours(

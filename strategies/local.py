@@ -115,15 +115,6 @@ class Trainer:
     objective: Objective
     seed: int
 
-    def unfit(self) -> str:
-        """Say why algorithm, optimizer and model cannot work together; empty if they can."""
-        theta, _ = self.objective.initial()
-        for name in self.algorithm.needs:
-            if name not in self.optimizer.init(theta, {}):
-                kind = type(self.algorithm).__name__
-                return f"{kind} needs an optimizer that has {name}"
-        return self.optimizer.unfit(self.objective)
-
     def fresh(self, theta: Tensor) -> Vectors:
         """Return the memory of a client that has not taken part yet."""
         return {**self.algorithm.fresh(theta), **self.optimizer.fresh(theta)}
@@ -163,6 +154,12 @@ class Trainer:
         curvature = self.optimizer.curvature
         products = 2 * steps if self.optimizer.along else 0
         return products + (curvature.cost * len(due) if curvature else 0)
+
+
+def missing(algorithm: Algorithm, optimizer: Optimizer) -> list[str]:
+    """Return what an algorithm needs in the state of an optimizer that has it not."""
+    state = optimizer.init(torch.zeros(1), {})
+    return [name for name in algorithm.needs if name not in state]
 
 
 def clip(gradient: Tensor, largest: float) -> Tensor:

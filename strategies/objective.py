@@ -104,6 +104,12 @@ class Objective:
             for n, b in module.named_buffers()
             if n in persistent and b.is_floating_point()
         )
+        # BatchNorm's count of batches: written in each pass, into a copy, and not kept.
+        self._counts = {
+            n: b
+            for n, b in module.named_buffers()
+            if n in persistent and not b.is_floating_point()
+        }
         self.dtype = next(module.parameters()).dtype
         self._initial = (
             self.layout.flatten(dict(module.named_parameters()), self.dtype),
@@ -138,6 +144,7 @@ class Objective:
         tensors = {
             **self.layout.unflatten(theta),
             **self.buffer_layout.unflatten(after),
+            **{name: count.clone() for name, count in self._counts.items()},
             **batch.noise,
         }
         return functional_call(self.module, tensors, (batch.x,)), after.detach()
