@@ -71,5 +71,5 @@ class AdamW(Optimizer):
         v = torch.lerp(direction.square(), state["v"], self.beta2)
         scale = (v / (1 - self.beta2**age)).sqrt() + self.eps
         along = m / (1 - self.beta1**age) / scale
-        theta = (1 - lr * self.weight_decay) * theta - lr * along
+        theta.mul_(1 - lr * self.weight_decay).sub_(along, alpha=lr)
         return theta, {"m": m, "v": v, "age": age}

@@ -57,11 +57,14 @@ class Cohort:
         m, all clients of the federation, in the cohort or not.
     newcomers : int
         How many of the cohort are accepted for the first time in this run.
+    round_ : int
+        The round, from 1.
     """
 
     size: int
     total: int
     newcomers: int
+    round_: int = 1
 
 
 class Algorithm(Protocol):

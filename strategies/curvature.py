@@ -181,4 +181,4 @@ class Hutchinson:
     ) -> Tensor:
         """Return u * (Hessian u)."""
         u = drawn.to(theta.dtype)
-        return u * objective.product(theta, buffers, batch, u)
+        return u * objective.product(theta, buffers, batch, u)[0]

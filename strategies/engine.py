@@ -108,6 +108,7 @@ def loop(
     losses, first, noisy = [], 0, bool(objective.noise_shapes)
     who = [job.client.id]
     drawings = orders(trainer.local, trainer.seed, round_, who, len(part))
+    drawings = drawings[: optimizer.length(round_, len(drawings))]
     due = optimizer.refreshes(job.memory, round_, len(drawings))
     for t, drawn in enumerate(drawings):
         rows = part.index.index_select(0, drawn[0].to(part.index.device))
@@ -123,8 +124,12 @@ def loop(
         product = None
         if optimizer.along:
             vector = state[1][optimizer.along]
-            product = objective.product(theta, buffers, batch, vector)
-        gradient, loss, buffers = objective.gradient(theta, buffers, batch)
+            product, _ = objective.product(theta, buffers, batch, vector)
+        if optimizer.models(round_):
+            away = theta - anchor
+            gradient, loss = objective.product(anchor, buffers, batch, away)
+        else:
+            gradient, loss, buffers = objective.gradient(theta, buffers, batch)
         if t == 0 and isinstance(trainer.algorithm, Witness):
             seen = trainer.algorithm.witness(state[0], gradient, loss)
             state = seen, state[1]
@@ -140,7 +145,7 @@ def loop(
         {n: v[None] for n, v in memory.items()},
         torch.stack(losses).mean()[None],
         [len(losses)],
-        [len(losses) + trainer.extra(due, len(losses))],
+        [trainer.evaluations(round_, len(losses), due)],
         {n: v[None] for n, v in told.items()},
         time.perf_counter() - began,
     )

@@ -217,7 +217,7 @@ class Federation(Strategy):
         values = mean.value(self.server["theta"].dtype)
         buffers = values.pop("buffers", self.buffers)
         newcomers = sum(k not in self.ledger for k in probes)
-        cohort = Cohort(len(probes), self.roster.clients, newcomers)
+        cohort = Cohort(len(probes), self.roster.clients, newcomers, server_round)
         server = self.algorithm.update(self.server, values, cohort)
         if not all(bool(torch.isfinite(v).all()) for v in server.values()):
             self.round.failed |= dict.fromkeys(

@@ -149,11 +149,13 @@ class Trainer:
         assert curvature is not None, "an optimizer that refreshes has an estimator"
         return curvature.draw(place, targets, size)
 
-    def extra(self, due: Collection[int], steps: int) -> int:
-        """Return the gradient evaluations of estimates, and of a product in every step."""
-        curvature = self.optimizer.curvature
-        products = 2 * steps if self.optimizer.along else 0
-        return products + (curvature.cost * len(due) if curvature else 0)
+    def evaluations(self, round_: int, steps: int, due: Collection[int]) -> int:
+        """Return the gradient evaluations of so many steps, with so many estimates."""
+        optimizer = self.optimizer
+        each = 2 if optimizer.models(round_) else 1
+        products = 2 * steps if optimizer.along else 0
+        estimates = optimizer.curvature.cost * len(due) if optimizer.curvature else 0
+        return each * steps + products + estimates
 
 
 def missing(algorithm: Algorithm, optimizer: Optimizer) -> list[str]:

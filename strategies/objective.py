@@ -162,16 +162,19 @@ class Objective:
 
     def product(
         self, theta: Tensor, buffers: Tensor, batch: Batch, vector: Tensor
-    ) -> Tensor:
-        """Return the Hessian of the batch's mean loss times a vector, shape (d,)."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return the Hessian of the batch's mean loss times a vector, (d,), and the loss."""
 
-        def slope(point: Tensor) -> Tensor:
-            gradient = torch.func.grad(lambda p: self.loss(p, buffers, batch)[0])
-            along: Tensor = gradient(point) @ vector
-            return along
+        def loss(point: Tensor) -> tuple[Tensor, Tensor]:
+            value, _ = self.loss(point, buffers, batch)
+            return value, value.detach()
 
-        product: Tensor = torch.func.grad(slope)(theta)
-        return product
+        def slope(point: Tensor) -> tuple[Tensor, Tensor]:
+            gradient, value = torch.func.grad(loss, has_aux=True)(point)
+            return gradient @ vector, value
+
+        product, value = torch.func.grad(slope, has_aux=True)(theta)
+        return product, value
 
     def gradient(
         self, theta: Tensor, buffers: Tensor, batch: Batch

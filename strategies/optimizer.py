@@ -2,7 +2,7 @@
 
 A local step of any client, whatever the engine, is
 
-    gradient     of the batch at theta, by the objective
+    gradient     of the batch at theta, by the objective; or of a model of it
     estimate     of the curvature there, at the steps that ``refreshes`` names
     direction    the algorithm's, from the gradient
     step         the optimizer's, along the direction
@@ -63,6 +63,18 @@ class Optimizer:
         """Return the kept vectors of a client that has not taken part yet."""
         state = self.init(theta, {})
         return {name: state[name] for name in self.kept}
+
+    def length(self, round_: int, steps: int) -> int:
+        """Return how many of a client's local steps it takes in a round."""
+        return steps
+
+    def models(self, round_: int) -> bool:
+        """Return whether it descends on the second-order model of the loss at the anchor.
+
+        The gradient of a step is then the Hessian there times (theta - anchor): the model's
+        linear part is the algorithm's to add.
+        """
+        return False
 
     def refreshes(
         self, memory: Mapping[str, Tensor], round_: int, steps: int

@@ -50,7 +50,8 @@ def schedule(
     """Draw and pad the batches of some clients, sorted by their number of steps."""
     local = trainer.local
     sizes = [job.client.samples for job in jobs]
-    steps = [local.steps_of(size) for size in sizes]
+    length = trainer.optimizer.length
+    steps = [length(round_, local.steps_of(size)) for size in sizes]
     width = min(local.batch or max(sizes), max(sizes))
     rows = torch.zeros(len(jobs), steps[0], width, dtype=torch.int64)
     weights = torch.zeros(len(jobs), steps[0], width, dtype=dtype)
@@ -62,8 +63,8 @@ def schedule(
         mine = [jobs[i] for i in at.tolist()]
         who = [job.client.id for job in mine]
         index = torch.stack([job.part.index for job in mine]).cpu()
-        done = 0
-        for t, drawn in enumerate(orders(local, trainer.seed, round_, who, samples)):
+        done, drawings = 0, orders(local, trainer.seed, round_, who, samples)
+        for t, drawn in enumerate(drawings[: length(round_, len(drawings))]):
             size = drawn.shape[1]
             rows[at, t, :size] = index.gather(1, drawn)
             weights[at, t, :size] = 1.0 / size
@@ -137,7 +138,10 @@ def vectorized(
     )(theta, full, moving)
     counts = torch.tensor(plan.steps, dtype=anchor.dtype, device=anchor.device)
     seconds = time.perf_counter() - began
-    gradients = [s + trainer.extra(d, s) for s, d in zip(plan.steps, due, strict=True)]
+    gradients = [
+        trainer.evaluations(round_, steps, d)
+        for steps, d in zip(plan.steps, due, strict=True)
+    ]
     return Trained(
         [j.client for j in jobs],
         up,
@@ -177,9 +181,12 @@ def _client_step(
         product = None
         if along:
             given = theta, buffers, batch, moving[along]
-            product = trainer.objective.product(*given)
-
-        gradient, loss = torch.func.grad_and_value(loss_of)(theta)
+            product, _ = trainer.objective.product(*given)
+        if trainer.optimizer.models(round_):
+            given = anchor, buffers, batch, theta - anchor
+            gradient, loss = trainer.objective.product(*given)
+        else:
+            gradient, loss = torch.func.grad_and_value(loss_of)(theta)
         if first and isinstance(algorithm, Witness):
             constant = algorithm.witness(constant, gradient, loss)
         state = constant, moving

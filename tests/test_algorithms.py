@@ -16,6 +16,7 @@ from strategies.algorithm import Algorithm, Client, Cohort, Vectors
 from strategies.fedavg import FedAvg
 from strategies.feddyn import FedDyn
 from strategies.fedprox import FedProx
+from strategies.fedsophia import FedSophia
 from strategies.local import Mean
 from strategies.scaffold import Scaffold
 from strategies.sgd import SGD
@@ -451,7 +452,15 @@ def test_scaffold_invariant() -> None:
 
 
 @pytest.mark.parametrize(
-    "algorithm", [FedAvg(), FedProx(), Scaffold(), FedDyn(), FedDyn(mean_of_all=True)]
+    "algorithm",
+    [
+        FedAvg(),
+        FedProx(),
+        Scaffold(),
+        FedDyn(),
+        FedDyn(mean_of_all=True),
+        FedSophia(),
+    ],
 )
 def test_every_algorithm_keeps_its_promises(algorithm: Algorithm) -> None:
     """One row for each algorithm: names agree, and cohorts do not depend on their order."""

@@ -9,6 +9,7 @@ from torch import nn
 from app.layers import Dropout, noise_shapes, probe
 from strategies.adamw import AdamW
 from strategies.algorithm import Algorithm, Client
+from strategies.done import Done, Richardson
 from strategies.engine import choose, train
 from strategies.fedavg import FedAvg
 from strategies.feddyn import FedDyn
@@ -69,13 +70,15 @@ def jobs(trainer: Trainer, sizes: Sequence[int]) -> list[Job]:
     return found
 
 
-def both(trainer: Trainer, sizes: Sequence[int]) -> tuple[list[Trained], list[Trained]]:
+def both(
+    trainer: Trainer, sizes: Sequence[int], round_: int = 3
+) -> tuple[list[Trained], list[Trained]]:
     theta, buffers = trainer.objective.initial()
     server = trainer.algorithm.start(theta)
     down = {n: v + 0.1 for n, v in trainer.algorithm.down(server).items()}
     down["buffers"] = buffers
     work = jobs(trainer, sizes)
-    loop, vmap = (list(train(trainer, down, work, 3, e)) for e in ("loop", "vmap"))
+    loop, vmap = (list(train(trainer, down, work, round_, e)) for e in ("loop", "vmap"))
     return loop, vmap
 
 
@@ -158,6 +161,18 @@ def test_engines_agree_on_averaged_moments() -> None:
     algorithm, optimizer = FedSophia(average_moments=True), Sophia(tau=2)
     trainer = Trainer(algorithm, optimizer, Local(2, 4), objective, seed=5)
     compare(*both(trainer, SIZES), atol=1e-12)
+
+
+@pytest.mark.parametrize("round_", [3, 4], ids=["gradient", "direction"])
+@pytest.mark.parametrize("batch", [0, 4])
+def test_engines_agree_on_richardson_iterations(round_: int, batch: int) -> None:
+    objective = model(0.2, torch.float64)
+    local = Local(batch=batch, steps=5)
+    trainer = Trainer(Done(), Richardson(lr=0.05), local, objective, seed=5)
+    loop, vmap = both(trainer, SIZES, round_)
+    compare(loop, vmap, atol=1e-12)
+    assert loop[0].steps == [1 if round_ == 3 else 5]
+    assert loop[0].gradients == [1 if round_ == 3 else 10]
 
 
 def test_engines_agree_in_float32() -> None:
