@@ -133,7 +133,7 @@ class Sophia(Optimizer):
         m = torch.lerp(direction, state["m"], self.beta1)
         ratio = m / (self.gamma * state["h"]).clamp(min=self.eps)
         won = (ratio.abs() < 1).to(theta.dtype).mean()
-        theta.mul_(1 - lr * self.weight_decay).sub_(ratio.clamp_(-1, 1), alpha=lr)
+        theta.mul_(1 - lr * self.weight_decay).sub_(ratio.clamp(-1, 1), alpha=lr)
         counts = {"won": state["won"] + won, "taken": state["taken"] + 1}
         return theta, {**state, "m": m, "age": state["age"] + 1, **counts}
 
