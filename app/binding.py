@@ -97,13 +97,25 @@ def bind(kind: str, group: Group, given: Sequence[str] = ()) -> Callable[..., An
     rules = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
     schema = create_model("Settings", __config__=rules, **fields)
     try:
-        checked = schema(**group.options)
+        checked = schema(
+            **{k: _inner(f"{kind}.{k}", v) for k, v in group.options.items()}
+        )
         values = {name: getattr(checked, name) for name in fields}
         return functools.partial(target, **values) if given else _call(target, values)
     except ValidationError as error:
         raise UserError(explain(error, f"{kind}.")) from None
     except ValueError as error:
         raise UserError(f"{kind} {group.name}: {error}") from error
+
+
+def _inner(kind: str, value: Any) -> Any:
+    """Return a setting; one that names a target itself (``strategy.solver``) is built."""
+    if not isinstance(value, dict) or "_target_" not in value:
+        return value
+    options = {k: v for k, v in value.items() if k != "_target_"}
+    target = str(value["_target_"])
+    group = Group(name=target.rpartition(".")[2], target=target, options=options)
+    return bind(kind, group)()
 
 
 def _call(target: Callable[..., Any], values: dict[str, Any]) -> Callable[..., Any]:

@@ -12,8 +12,11 @@ from typing import cast
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from app.node import Node, evaluate, remembered, respond, train_all
+from app import relay_node
+from app.node import Node, evaluate, received, remembered, respond, train_all
+from strategies.algorithm import Client, Vectors
 from strategies.fad_wire import pack_answer
+from strategies.local import Mean
 from strategies.wire import pack, unpack
 
 app = ClientApp()
@@ -41,8 +44,14 @@ def work(message: Message, context: Context) -> Message:
     sizes = {**{n: len(v) for n, v in names.items()}, "buffers": len(buffers)}
     arrived = unpack(message.content.array_records["down"], sizes, theta.dtype)
     down = {n: v.to(node.config.torch_device) for n, v in arrived.items()}
-    evaluated = evaluate(node, run, down, cast(list[int], order["evaluate"]))
-    mean, trained, faults = train_all(node, run, down, order, context)
+    judges = cast(list[int], order["evaluate"])
+    evaluated = evaluate(run, lambda: received(node, run, down, judges))
+    mean, weight = Mean(), run.algorithm.weight
+
+    def collect(clients: list[Client], up: Vectors) -> None:
+        mean.add_rows(up, [weight(client) for client in clients])
+
+    trained, faults = train_all(node, run, down, order, context, collect)
     busy = [time.perf_counter() - began]
     report = MetricRecord({**evaluated, **trained, "busy": busy})
     up = pack(mean.value(theta.dtype))
@@ -72,3 +81,15 @@ def tell_memories(message: Message, context: Context) -> Message:
 def judge(message: Message, context: Context) -> Message:
     """Evaluate the received model: the same message with nobody to train."""
     return work(message, context)
+
+
+@app.train("relay")
+def push(message: Message, context: Context) -> Message:
+    """Train and evaluate clients that have models of their own (no server)."""
+    return relay_node.work(message, context)
+
+
+@app.evaluate("relay")
+def look(message: Message, context: Context) -> Message:
+    """Evaluate such models: the same message with nobody to train."""
+    return relay_node.work(message, context)

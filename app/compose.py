@@ -22,7 +22,15 @@ from app.errors import UserError, nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 #: The folders of `conf/` that hold the parts of a run, and those that hold presets of settings.
-PARTS = ("strategy", "data", "partition", "model", "optimizer")
+PARTS = (
+    "strategy",
+    "topology",
+    "faults",
+    "data",
+    "partition",
+    "model",
+    "optimizer",
+)
 PRESETS = ("deployment", "experiment")
 GROUPS = (*PARTS, *PRESETS)
 

@@ -22,8 +22,10 @@ from pydantic import Field, ValidationError
 from app.binding import Group, Model, bind, explain
 from app.compose import PARTS, PRESETS, compose, first_line, names
 from app.errors import UserError, nearest
+from app.network_check import check_network
 from app.programs import known
 from strategies.engine import Choice
+from strategies.gossip import solver_of
 from strategies.local import Local, missing
 from strategies.wire import DTYPES
 
@@ -69,6 +71,8 @@ class Config(Model):
     """A run's settings; conf/config.yaml says what each one means."""
 
     strategy: Group
+    topology: Group
+    faults: Group
     data: Group
     partition: Group
     model: Group
@@ -193,6 +197,7 @@ def _check(config: Config) -> None:
     if config.program is not None:
         known(config.program)
     _check_optimizer(config)
+    check_network(config)
     bind("data", config.data)
     bind("partition", config.partition, ("labels", "natural", "clients", "seed"))
     bind("model", config.model, ("input_shape", "outputs", "vocabulary"))
@@ -200,7 +205,7 @@ def _check(config: Config) -> None:
 
 def _check_optimizer(config: Config) -> None:
     """Raise UserError if the algorithm needs another local optimizer."""
-    algorithm = bind("strategy", config.strategy)()
+    algorithm = solver_of(bind("strategy", config.strategy)())
     lacking = missing(algorithm, bind("optimizer", config.optimizer)())
     if not lacking:
         return

@@ -25,6 +25,7 @@ from app.data import Dataset, Split
 from app.errors import UserError
 from app.images import imagefolder
 from app.layers import noise_shapes
+from strategies.gossip import solver_of
 from strategies.local import Part, Trainer
 from strategies.objective import Objective
 from strategies.randomness import permutations
@@ -175,8 +176,9 @@ def objective(config: Config, dataset: Dataset) -> Objective:
 
 def trainer(config: Config, goal: Objective) -> Trainer:
     """Put together what local training needs."""
+    built = bind("strategy", config.strategy)()
     return Trainer(
-        algorithm=bind("strategy", config.strategy)(),
+        algorithm=solver_of(built),
         optimizer=bind("optimizer", config.optimizer)(),
         local=config.local,
         objective=goal,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from logging import WARNING
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +37,7 @@ from strategies.fad_client import Answer, answer
 from strategies.fad_site import Site
 from strategies.fad_wire import unpack_question
 from strategies.federation import probe_direction
-from strategies.local import Job, Mean, Trained, Trainer
+from strategies.local import Job, Trained, Trainer
 
 
 class Node:
@@ -90,18 +90,16 @@ def _probe(seed: int, size: int) -> Tensor:
     return probe_direction(seed, size)
 
 
-def evaluate(
-    node: Node, run: Trainer, down: Vectors, clients: list[int]
-) -> dict[str, Any]:
-    """Evaluate the received model on each client's own samples.
+Scores = dict[int, dict[str, Any]]
 
-    Clients that share their tensors are judged together, in large batches.
-    """
+
+def evaluate(run: Trainer, scores: Callable[[], Scores]) -> dict[str, Any]:
+    """Return the report's part on what each client measured, without those that failed."""
     columns = ["samples", "held_out", "loss"]
     if run.objective.classification:
         columns.append("accuracy")
     try:
-        rows = _scores(node, run, down, clients)
+        rows = scores()
     except Exception as error:  # an evaluation that fails must not cost the training
         log(WARNING, "evaluation failed: %s", _told(error))
         rows = {}
@@ -112,10 +110,11 @@ def evaluate(
     return {"evaluated": list(rows), **report}
 
 
-def _scores(
-    node: Node, run: Trainer, down: Vectors, clients: list[int]
-) -> dict[int, dict[str, Any]]:
-    """Return what each client measures on the received model."""
+def received(node: Node, run: Trainer, down: Vectors, clients: list[int]) -> Scores:
+    """Return what each client measures with the received model on its own samples.
+
+    Clients that share their tensors are judged together, in large batches.
+    """
     parts = [node.samples(k).judged() for k in clients]
     if not parts:
         return {}
@@ -138,14 +137,27 @@ def _scores(
 
 
 def train_all(
-    node: Node, run: Trainer, down: Vectors, order: ConfigRecord, context: Context
-) -> tuple[Mean, dict[str, Any], dict[str, Any]]:
+    node: Node,
+    run: Trainer,
+    down: Vectors,
+    order: ConfigRecord,
+    context: Context,
+    collect: Callable[[list[Client], Vectors], None],
+    own: Mapping[int, Vectors] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train the named clients.
+
+    Parameters
+    ----------
+    node, run, down, order, context
+        Who trains, how, from what, and where memories are.
+    collect : callable
+        Gets clients and what they send up, a row for each, as soon as they have trained.
+    own : mapping of int to Vectors, optional
+        What was sent to a client alone, in place of ``down``.
 
     Returns
     -------
-    Mean
-        Of what they send up, in the algorithm's weights.
     dict
         The report: one entry for each client that trained.
     dict
@@ -174,7 +186,7 @@ def train_all(
             part, size = samples.train, len(samples.train)
             memory = recall(store, k, version, fresh)
             client = Client(k, size, size / mean_samples, samples.entropy)
-            jobs.append(Job(client, part, memory))
+            jobs.append(Job(client, part, memory, (own or {}).get(k, {})))
         except Lost as error:
             faults[str(k)] = str(error)[:300]
             lost.append(k)
@@ -182,7 +194,6 @@ def train_all(
             faults[str(k)] = _told(error)
     device = node.config.torch_device
     engine = choose(node.config.engine, run.objective, len(jobs), device)
-    mean = Mean()
     rows: list[list[float]] = []
     metrics = list(run.optimizer.metrics)
     for trained in _safely(run, down, jobs, round_, engine, faults):
@@ -211,13 +222,12 @@ def train_all(
             up = trained.up
             if len(good) < len(trained.clients):
                 up = {n: m[good] for n, m in up.items()}
-            weigh = run.algorithm.weight
-            mean.add_rows(up, [weigh(trained.clients[row]) for row in good])
+            collect([trained.clients[row] for row in good], up)
     names = ["trained", *TRAINED, *(f"metrics.{name}" for name in metrics)]
     columns = list(zip(*sorted(rows), strict=True)) or [()] * len(names)
     report: dict[str, Any] = {n: list(c) for n, c in zip(names, columns, strict=True)}
     report |= {"lost": lost, "engine": int(engine == "vmap")}
-    return mean, report, faults
+    return report, faults
 
 
 def remembered(

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from app.compose import PARTS
 from app.config import PLACE, Config
 from app.errors import UserError
 from app.records import read_summary
@@ -15,7 +16,7 @@ from app.records import read_summary
 def describe(config: Config) -> dict[str, Any]:
     """Return the configuration as plain data, each group as its name and settings."""
     plain = config.model_dump()
-    for kind in ("strategy", "data", "partition", "model", "optimizer"):
+    for kind in PARTS:
         group = plain[kind]
         plain[kind] = {"name": group["name"], **group["options"]}
     return plain

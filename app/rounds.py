@@ -15,6 +15,7 @@ from app.errors import UserError
 from app.exchange import exchange
 from strategies.federation import Federation
 from strategies.recovery import begin_anew
+from strategies.relay import Relay
 from strategies.wire import pack
 
 
@@ -58,7 +59,7 @@ class Rounds:
     """
 
     def __init__(
-        self, federation: Federation, config: Config, say: Callable[[str], None]
+        self, federation: Federation | Relay, config: Config, say: Callable[[str], None]
     ) -> None:
         self.federation = federation
         self.config = config

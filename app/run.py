@@ -18,6 +18,7 @@ from app import checkpoint
 from app.by_class import label_counts
 from app.callbacks import Callback, stops
 from app.config import load
+from app.driver import strategy
 from app.errors import UserError
 from app.exchange import exchange
 from app.host import Setting, objective, setting, trainer
@@ -28,7 +29,7 @@ from app.rounds import Rounds
 from app.rundir import RunDir
 from app.summary import clients_block, line, summarize, training_block
 from strategies.engine import unfit
-from strategies.federation import Federation
+from strategies.ledger import Unbalanced
 from strategies.objective import Objective
 from strategies.wire import pack
 
@@ -78,21 +79,7 @@ class Run:
         local = trainer(self.config, self.objective)
         if why := local.optimizer.unfit(self.objective):
             raise UserError(f"optimizer={self.config.optimizer.name}: {why}")
-        theta, buffers = self.objective.initial()
-        self.federation = Federation(
-            local.algorithm,
-            theta.cpu(),
-            buffers.cpu(),
-            clients=self.config.clients,
-            per_round=self.config.clients_per_round,
-            holdout=self.config.holdout_clients,
-            seed=self.config.seed,
-            evaluate_every=self.config.evaluate_every,
-            evaluate_clients=self.config.evaluate_clients,
-            work=self.config.local.steps_of,
-            metrics=local.optimizer.metrics,
-            min_replies=self.config.min_replies,
-        )
+        self.federation = strategy(self.config, local)
         self.rounds = Rounds(self.federation, self.config, say)
         self.callbacks = [*stops(self.config.stop), *callbacks]
         self.records: list[dict[str, Any]] = []
@@ -169,7 +156,10 @@ class Run:
         if self.first == 1:
             self._write({"round": 0, **self._evaluate()})
         for round_ in range(self.first, config.rounds + 1):
-            record, rows = self._round(grid, round_)
+            try:
+                record, rows = self._round(grid, round_)
+            except Unbalanced as error:
+                raise UserError(f"round {round_}: {error}") from error
             stopped = self._ask_callbacks(record)
             self._write(record)
             self.directory.clients(rows)

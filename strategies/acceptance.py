@@ -6,16 +6,18 @@ node reports as failed are left out; a refused reply leaves out all that it shou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from logging import WARNING
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.common.logger import log
 
 from strategies.algorithm import Vectors
 from strategies.roster import Roster
-from strategies.wire import Refused, ids, numbers, reasons, unpack
+from strategies.wire import Refused, ids, numbers, reasons, unpack, weigh
 
 #: What a node reports of each trained client, besides the optimizer's own metrics.
 TRAINED = ("samples", "train_loss", "steps", "gradients", "seconds", "probe")
@@ -31,7 +33,8 @@ class Accepted:
     node : int
         Who answered.
     up : Vectors
-        The weighted mean over the trained clients, each of shape (d,).
+        The weighted mean over the trained clients, each of shape (d,), or a row of each of
+        them, one after another.
     trained, evaluated : list of int
         The clients that it covers.
     columns, scores : dict of str to list of float
@@ -73,6 +76,7 @@ def accept(
     sizes: Mapping[str, int],
     dtype: torch.dtype,
     metrics: Sequence[str] = (),
+    each: bool = False,
 ) -> Accepted:
     """Check a reply in every respect.
 
@@ -92,6 +96,8 @@ def accept(
         The dtype to return.
     metrics : sequence of str
         Names of the numbers that the local optimizer tells of each training.
+    each : bool
+        Whether the vectors come for each trained client, not as a mean.
 
     Raises
     ------
@@ -130,6 +136,8 @@ def accept(
         raise Refused(f"report: clients {lost} lost what was not asked for"[:300])
     up: Vectors = {}
     if trained:
+        if each:
+            sizes = {n: size * len(trained) for n, size in sizes.items()}
         up = unpack(content.array_records.get("up", ArrayRecord()), sizes, dtype)
     return Accepted(
         reply.metadata.src_node_id,
@@ -144,6 +152,56 @@ def accept(
         busy,
         "vmap" if report.get("engine") == 1 else "loop",
     )
+
+
+def replies_of(
+    replies: Iterable[Message],
+    round_: Round,
+    asked: dict[int, tuple[list[int], list[int]]],
+    roster: Roster,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+    metrics: Sequence[str] = (),
+    each: bool = False,
+) -> Iterator[Accepted]:
+    """Yield what may be used of a round's replies, and enter it and the faults into the round.
+
+    Replies are taken in the order of the clients that they cover, whoever answered first.
+
+    Parameters
+    ----------
+    replies : iterable of Message
+        What arrived.
+    round_ : Round
+        The round that is under way.
+    asked : dict
+        From node to whom it was asked to train and to evaluate; answered ones are taken out.
+    roster, sizes, dtype, metrics, each
+        As for `accept`.
+    """
+
+    def first(reply: Message) -> list[int]:
+        train, evaluate = asked.get(reply.metadata.src_node_id, ([], []))
+        return [*train, *evaluate][:1]
+
+    for reply in sorted(replies, key=first):
+        node, number = reply.metadata.src_node_id, round_.number
+        mine = asked.pop(node, None)
+        try:
+            accepted = accept(reply, number, mine, roster, sizes, dtype, metrics, each)
+        except Refused as error:
+            log(WARNING, "round %s: node %s refused: %s", number, node, error)
+            round_.failed |= dict.fromkeys(mine[0] if mine else [], str(error))
+            continue
+        add_bytes(round_.up, weigh(reply.content))
+        round_.enter(accepted, roster)
+        yield accepted
+
+
+def add_bytes(total: dict[str, int], part: Mapping[str, int]) -> None:
+    """Add bytes by kind."""
+    for name, value in part.items():
+        total[name] = total.get(name, 0) + value
 
 
 @dataclass

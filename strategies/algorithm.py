@@ -67,6 +67,7 @@ class Cohort:
     round_: int = 1
 
 
+@runtime_checkable
 class Algorithm(Protocol):
     """One federated algorithm (see the module docstring for the words).
 

@@ -74,7 +74,8 @@ def train(
     trainer : Trainer
         Algorithm, optimizer, length and objective.
     down : mapping of str to Tensor
-        ``theta`` of shape (d,), ``buffers`` of shape (b,), and what the algorithm adds.
+        ``theta`` of shape (d,), ``buffers`` of shape (b,), and what the algorithm adds;
+        a job may have its own in their place.
     jobs : sequence of Job
         The clients.
     round_ : int
@@ -102,7 +103,8 @@ def loop(
     """Train one client."""
     began = time.perf_counter()
     objective, optimizer = trainer.objective, trainer.optimizer
-    anchor, buffers, part = down["theta"], down["buffers"], job.part
+    received, part = {**down, **job.own}, job.part
+    anchor, buffers = received["theta"], received["buffers"]
     theta = anchor.clone()
     state = trainer.begin(down, job)
     losses, first, noisy = [], 0, bool(objective.noise_shapes)

@@ -8,7 +8,7 @@ on which other links there are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from strategies.randomness import chances
 
 Mask = NDArray[np.bool_]
 Rate = Annotated[float, Ge(0), Lt(1)]
+CHANGES = ("crash", "leave", "join")
 Policy = Literal["keep", "renorm", "running", "vanish"]
 
 
@@ -39,7 +40,7 @@ class Faults:
         Chance that a client sleeps through a round: no training, no links, its mass stays.
     straggle : float
         Chance that a client's reply comes too late: its training is lost, its mass is mixed.
-    crash, leave, join : dict of int to int
+    crash, leave, join : dict of int to int, or None
         Client to round. A client that crashes takes its mass along; one that leaves hands it to a
         neighbour; one that joins has none until it receives some.
     """
@@ -48,36 +49,40 @@ class Faults:
     policy: Policy = "keep"
     sleep: Rate = 0.0
     straggle: Rate = 0.0
-    crash: dict[int, int] = field(default_factory=dict)
-    leave: dict[int, int] = field(default_factory=dict)
-    join: dict[int, int] = field(default_factory=dict)
+    crash: dict[int, int] | None = None
+    leave: dict[int, int] | None = None
+    join: dict[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("crash", "leave", "join"):
-            for k, round_ in getattr(self, name).items():
+        for name in CHANGES:
+            for k, round_ in self._when(name).items():
                 if k < 0 or round_ < 1 + (name == "join"):
                     first = 2 if name == "join" else 1
                     raise ValueError(
                         f"{name}={{{k}: {round_}}}: client ids count from 0, "
                         f"rounds here from {first}"
                     )
-        if both := self.crash.keys() & self.leave.keys():
+        crash, leave = self._when("crash"), self._when("leave")
+        if both := crash.keys() & leave.keys():
             raise ValueError(f"client {min(both)} cannot both crash and leave")
-        for k, round_ in self.join.items():
-            if round_ >= (self.crash | self.leave).get(k, round_ + 1):
+        for k, round_ in self._when("join").items():
+            if round_ >= (crash | leave).get(k, round_ + 1):
                 raise ValueError(f"client {k} goes before it joins")
 
     def check(self, n: int) -> None:
         """Raise ValueError if a client is named that is none of 0 to n - 1."""
-        named = [*self.crash, *self.leave, *self.join]
+        named = [k for what in CHANGES for k in self._when(what)]
         if named and max(named) >= n:
             raise ValueError(f"client {max(named)}: there are clients 0 to {n - 1}")
         if not all(self.present(t, n).any() for t in self._changes()):
             raise ValueError("crash, leave and join leave a round without any client")
 
     def _changes(self) -> list[int]:
-        rounds = [*self.crash.values(), *self.leave.values(), *self.join.values()]
+        rounds = [r for what in CHANGES for r in self._when(what).values()]
         return [0, *(round_ - 1 for round_ in rounds)]
+
+    def _when(self, what: str) -> dict[int, int]:
+        return getattr(self, what) or {}
 
     def lost(
         self, seed: int, t: int, src: NDArray[np.int64], dst: NDArray[np.int64]
@@ -105,9 +110,9 @@ class Faults:
     def present(self, t: int, n: int) -> Mask:
         """Return who has joined and has not gone by round t, shape (n,)."""
         here = np.ones(n, dtype=bool)
-        for k, round_ in self.join.items():
+        for k, round_ in self._when("join").items():
             here[k] = t >= round_ - 1
-        for k, round_ in (self.crash | self.leave).items():
+        for k, round_ in (self._when("crash") | self._when("leave")).items():
             here[k] &= t < round_ - 1
         return here
 
@@ -117,4 +122,4 @@ class Faults:
         def now(when: Mapping[int, int]) -> list[int]:
             return sorted(k for k, round_ in when.items() if round_ == t + 1)
 
-        return now(self.crash), now(self.leave)
+        return now(self._when("crash")), now(self._when("leave"))

@@ -27,12 +27,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from strategies.acceptance import Accepted, Round, accept
+from strategies.acceptance import Accepted, Round, add_bytes, replies_of
 from strategies.algorithm import Algorithm, Cohort, Vectors, sizes
 from strategies.local import Mean
 from strategies.randomness import generator
 from strategies.roster import Roster
-from strategies.wire import Refused, pack, unpack, weigh
+from strategies.wire import pack, unpack, weigh
 
 
 class Federation(Strategy):
@@ -147,7 +147,7 @@ class Federation(Strategy):
                 **self.place(),
             }
             content = RecordDict({"down": down, "order": ConfigRecord(order)})
-            _add(self.round.down, weigh(content))
+            add_bytes(self.round.down, weigh(content))
             messages.append(Message(content, node, kind, group_id=str(server_round)))
             self._asked[node] = mine, order["evaluate"]
         return messages
@@ -188,27 +188,9 @@ class Federation(Strategy):
         """Yield what may be used of the replies, and enter it and the faults into the round."""
         expected = {**self._sizes, "buffers": len(self.buffers)}
         dtype = self.server["theta"].dtype
-
-        def first(reply: Message) -> list[int]:
-            train, evaluate = self._asked.get(reply.metadata.src_node_id, ([], []))
-            return [*train, *evaluate][:1]
-
-        for reply in sorted(replies, key=first):
-            node = reply.metadata.src_node_id
-            asked, number = self._asked.pop(node, None), self.round.number
-            try:
-                accepted = accept(
-                    reply, number, asked, self.roster, expected, dtype, self.metrics
-                )
-            except Refused as error:
-                log(WARNING, "round %s: node %s refused: %s", number, node, error)
-                self.round.failed |= dict.fromkeys(
-                    asked[0] if asked else [], str(error)
-                )
-                continue
-            _add(self.round.up, weigh(reply.content))
-            self.round.enter(accepted, self.roster)
-            yield accepted
+        return replies_of(
+            replies, self.round, self._asked, self.roster, expected, dtype, self.metrics
+        )
 
     def _step(
         self, server_round: int, mean: Mean, probes: dict[int, float]
@@ -293,11 +275,6 @@ class Federation(Strategy):
         self.probes = {int(k): p for k, p in rest["probes"].items()}
         self.roster.mean_samples = rest["mean_samples"]
         self.key = rest["run"]
-
-
-def _add(total: dict[str, int], part: Mapping[str, int]) -> None:
-    for name, value in part.items():
-        total[name] = total.get(name, 0) + value
 
 
 def probe_direction(seed: int, size: int) -> Tensor:

@@ -84,11 +84,14 @@ class Job:
         Its training samples.
     memory : Vectors
         Its memory, of the version that the server names.
+    own : Vectors
+        What was sent to it alone, in place of what all received: ``theta``, ``buffers``.
     """
 
     client: Client
     part: Part
     memory: Vectors
+    own: Vectors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class Trainer:
     def begin(self, down: Mapping[str, Tensor], job: Job) -> tuple[Vectors, Vectors]:
         """Return the state before the first local step: the algorithm's, the optimizer's."""
         optimizer, sent = self.optimizer, self.algorithm.needs
+        down = {**down, **job.own}
         own = {n: v for n, v in job.memory.items() if n not in optimizer.kept}
         kept = {n: v for n, v in job.memory.items() if n in optimizer.kept}
         kept |= {n: down[n] for n in sent if n in down}

@@ -95,6 +95,16 @@ class Network:
         lost = P.multiply(adjacency(self.n, gone)).tocsr() if len(gone) else _none(P)
         return Links(P, lost, awake)
 
+    def heir(self, client: int, t: int, present: Mask) -> int:
+        """Return who takes over from a client that leaves as round t begins.
+
+        A client that it sends to in that round or, if none of those is there, the next one.
+        """
+        arcs = self.edges(t)
+        near = arcs.dst[arcs.src == client]
+        near = near[present[near]] if present[near].any() else np.flatnonzero(present)
+        return int(near[((near - client) % self.n).argmin()])
+
     def _shares(self, arcs: Arcs) -> csr_array:
         """Return the shares of arcs; a fixed network's are computed once."""
         if not self._last or self._last[0][0] is not arcs:

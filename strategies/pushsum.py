@@ -278,3 +278,21 @@ def _mix_in_flight(links: Links, arrived: csr_array, state: State) -> None:
     _by_blocks(block, n + len(new), state.x.shape[1], state.x.itemsize)
     w = whole @ np.concatenate([state.w, state.flight.w])
     state.w, state.flight = w[:n], Flight(new, flight, w[n:])
+
+
+def hand_over(state: State, client: int, heir: int | None) -> None:
+    """Take a client out: what it has and what waits on its links goes to an heir, or is lost."""
+    n, links = len(state.w), state.flight.links
+    on_links = (links // n == client) | (links % n == client)
+    x = state.x[client].astype(np.float64) + column_sums(state.flight.x[on_links])
+    w = float(state.w[client] + state.flight.w[on_links].sum())
+    state.x[client], state.w[client] = 0.0, 0.0
+    state.flight = Flight(
+        links[~on_links], state.flight.x[~on_links], state.flight.w[~on_links]
+    )
+    if heir is None:
+        state.lost_x += x
+        state.lost_w += w
+    else:
+        state.x[heir] += x.astype(state.x.dtype)
+        state.w[heir] += w

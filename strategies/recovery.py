@@ -21,6 +21,7 @@ from flwr.common.logger import log
 
 from strategies.algorithm import Mirrored, Vectors
 from strategies.federation import Federation, probe_direction
+from strategies.relay import Relay
 from strategies.wire import Refused, ids, unpack
 
 MEMORIES = f"{MessageType.QUERY}.memories"
@@ -28,7 +29,7 @@ Exchange = Callable[[list[Message]], Iterable[Message]]
 
 
 def begin_anew(
-    federation: Federation, lost: Iterable[int], exchange: Exchange
+    federation: Federation | Relay, lost: Iterable[int], exchange: Exchange
 ) -> list[int]:
     """Let clients that have lost their memory begin anew, if the books can be made to agree.
 
@@ -48,7 +49,8 @@ def begin_anew(
     """
     ledger = federation.ledger
     gone = sorted(ledger.keys() & set(lost))
-    if gone and federation.algorithm.mirror is not None:
+    server = isinstance(federation, Federation)  # a relay keeps no mean of memories
+    if gone and server and federation.algorithm.mirror is not None:
         try:
             sums = _sums(federation, sorted(ledger.keys() - set(gone)), exchange)
         except Refused as error:

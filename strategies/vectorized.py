@@ -78,13 +78,20 @@ def stacked(states: Sequence[Vectors]) -> Vectors:
     return {name: torch.stack([s[name] for s in states]) for name in states[0]}
 
 
+def anchors(down: Mapping[str, Tensor], jobs: Sequence[Job]) -> Tensor:
+    """Return where each client starts, (n, d): one vector in all rows, or each one's own."""
+    if not any(job.own for job in jobs):
+        return down["theta"].expand(len(jobs), -1)
+    return torch.stack([{**down, **job.own}["theta"] for job in jobs])
+
+
 def vectorized(
     trainer: Trainer, down: Mapping[str, Tensor], jobs: Sequence[Job], round_: int
 ) -> Trained:
     """Train a chunk of clients at once, given in descending order of their steps."""
     began = time.perf_counter()
     optimizer = trainer.optimizer
-    anchor, shared = down["theta"], jobs[0].part
+    anchor, shared = anchors(down, jobs), jobs[0].part
     plan = schedule(trainer, jobs, round_, anchor.dtype)
     states = [trainer.begin(down, job) for job in jobs]
     constant, moving = stacked([c for c, _ in states]), stacked([m for _, m in states])
@@ -92,11 +99,11 @@ def vectorized(
         optimizer.refreshes(j.memory, round_, steps)
         for j, steps in zip(jobs, plan.steps, strict=True)
     ]
-    theta = anchor.repeat(len(jobs), 1)
+    theta = anchor.clone(memory_format=torch.contiguous_format)
     estimates = any(due)
     ids = [job.client.id for job in jobs]
-    first = _client_step(trainer, anchor, down["buffers"], round_, first=True)
-    later = _client_step(trainer, anchor, down["buffers"], round_)
+    first = _client_step(trainer, down["buffers"], round_, first=True)
+    later = _client_step(trainer, down["buffers"], round_)
     renew = _client_refresh(trainer, down["buffers"])
     sums = torch.zeros(len(jobs), dtype=anchor.dtype, device=anchor.device)
     done: list[tuple[Tensor, Vectors]] = []
@@ -125,7 +132,7 @@ def vectorized(
             batch = x, y, weights, noise
             moving = _refreshed(renew, trainer, theta, moving, batch, fresh, places)
         one = later if t else first
-        given = theta, constant, moving, x, y, weights, noise
+        given = theta, anchor[:active], constant, moving, x, y, weights, noise
         theta, constant, moving, loss = one(*given)
         full = full if t else constant
         sums[:active] += loss
@@ -134,8 +141,8 @@ def vectorized(
     names = done[0][1]
     moving = {n: torch.cat([state[n] for _, state in reversed(done)]) for n in names}
     up, memory, told = torch.func.vmap(
-        lambda a, *state: trainer.finish(a, anchor, state)
-    )(theta, full, moving)
+        lambda a, origin, *state: trainer.finish(a, origin, state)
+    )(theta, anchor, full, moving)
     counts = torch.tensor(plan.steps, dtype=anchor.dtype, device=anchor.device)
     seconds = time.perf_counter() - began
     gradients = [
@@ -156,7 +163,6 @@ def vectorized(
 
 def _client_step(
     trainer: Trainer,
-    anchor: Tensor,
     buffers: Tensor,
     round_: int,
     first: bool = False,
@@ -166,6 +172,7 @@ def _client_step(
 
     def one(
         theta: Tensor,
+        anchor: Tensor,
         constant: Vectors,
         moving: Vectors,
         x: Tensor,

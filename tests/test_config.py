@@ -58,6 +58,10 @@ def test_every_choice_of_every_group_composes() -> None:
         "data=imagefolder": ["data.root=x"],
         "data=text": ["data.path=x.txt"],
     }
+    network = "strategy=pushsum"
+    needs |= {f"topology={n}": [network] for n in names("topology") if n != "none"}
+    needs |= {f"faults={name}": [network] for name in names("faults")}
+    needs["topology=file"] = [network, "topology.path=x.txt"]
     for group in PARTS:
         assert names(group), group
         for name in names(group):

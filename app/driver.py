@@ -1,0 +1,88 @@
+"""Which Flower strategy drives a run: a federation with a server, or the relay of a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.binding import bind
+from app.config import Config
+from app.errors import UserError
+from strategies.federation import Federation
+from strategies.gossip import Gossip
+from strategies.local import Trainer
+from strategies.network import Network, Window
+from strategies.relay import Relay
+from strategies.topology import Edges
+
+#: Rounds of a network that are looked at before the run, until they connect all to all.
+AHEAD = 500
+
+
+def strategy(config: Config, local: Trainer) -> Federation | Relay:
+    """Return the strategy of a run.
+
+    Parameters
+    ----------
+    config : Config
+        The settings.
+    local : Trainer
+        What clients train with, of which the model's first values are taken.
+
+    Raises
+    ------
+    UserError
+        If the network cannot be, or never connects all clients.
+    """
+    theta, buffers = (v.cpu() for v in local.objective.initial())
+    common: dict[str, Any] = {
+        "per_round": config.clients_per_round,
+        "seed": config.seed,
+        "evaluate_every": config.evaluate_every,
+        "evaluate_clients": config.evaluate_clients,
+        "work": config.local.steps_of,
+        "metrics": local.optimizer.metrics,
+        "min_replies": config.min_replies,
+    }
+    built = bind("strategy", config.strategy)()
+    if isinstance(built, Gossip):
+        return Relay(built, network(config, built), theta, buffers, **common)
+    common |= {"clients": config.clients, "holdout": config.holdout_clients}
+    return Federation(local.algorithm, theta, buffers, **common)
+
+
+def network(config: Config, gossip: Gossip) -> Network:
+    """Return the network of a run, after a look at whether it connects its clients.
+
+    Raises
+    ------
+    UserError
+        If it does not, or cannot be.
+    """
+    try:
+        edges: Edges = bind("topology", config.topology, ("n", "seed"))(
+            n=config.clients, seed=config.seed
+        )
+        faults = bind("faults", config.faults)()
+        found = Network(config.clients, config.seed, edges, gossip.weights, faults)
+        found.at(0)
+        joined = _connects(found, min(max(config.rounds, 1), AHEAD))
+    except ValueError as error:
+        raise UserError(f"topology={config.topology.name}: {error}") from None
+    if not joined:
+        raise UserError(
+            f"topology={config.topology.name}: the links of {config.rounds} rounds "
+            "together do not lead from every client to every other, so they cannot agree; "
+            "make the topology denser, or take topology=self_loop for local training"
+        )
+    return found
+
+
+def _connects(network: Network, rounds: int) -> bool:
+    """Return whether some rounds connect all clients, or nobody ever means to send."""
+    watch, sent = Window(network.n), False
+    for t in range(rounds):
+        sent = sent or len(network.edges(t)) > 0
+        watch.see(network.at(t), network.faults.present(t, network.n))
+        if watch.longest is not None:
+            return True
+    return not sent

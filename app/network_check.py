@@ -1,0 +1,43 @@
+"""Whether a strategy and a network go together: one needs it, the other has a server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from app.binding import bind
+from app.errors import UserError
+from strategies.faults import Faults
+from strategies.gossip import Gossip
+
+if TYPE_CHECKING:
+    from app.config import Config
+
+
+def check_network(config: Config) -> None:
+    """Raise UserError where strategy, topology and faults do not go together."""
+    faults = bind("faults", config.faults)()
+    name, there = config.strategy.name, config.topology.name != "none"
+    network = isinstance(bind("strategy", config.strategy)(), Gossip)
+    if network and not there:
+        raise UserError(
+            f"strategy={name} has no server: choose a network, such as "
+            "topology=one_peer_exponential"
+        )
+    if not network and (there or faults != Faults()):
+        what = f"topology={config.topology.name}" if there else "faults"
+        raise UserError(
+            f"strategy={name} has a server: {what} is for strategies without one, "
+            "such as strategy=pushsum"
+        )
+    if not network:
+        return
+    bind("topology", config.topology, ("n", "seed"))
+    if config.holdout_clients:
+        raise UserError(
+            f"holdout_clients={config.holdout_clients}: strategy={name} has no "
+            "server whose model clients outside the network could get"
+        )
+    try:
+        faults.check(config.clients)
+    except ValueError as error:
+        raise UserError(f"faults: {error}") from None

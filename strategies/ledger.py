@@ -1,0 +1,125 @@
+"""The relay's books: nothing of what clients carry appears or disappears unseen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from strategies.faults import Mask
+from strategies.pushsum import BLOCK, WIDTH, Flight, State
+from strategies.topology import Floats
+
+#: Largest relative gap in the sums that rounding explains.
+TOLERANCE = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-11}
+
+
+class Unbalanced(ValueError):
+    """A network that cannot go on; the text says why in one line."""
+
+
+def audit(
+    before: tuple[tuple[Floats, float], Floats, float], state: State, where: str
+) -> dict[str, float]:
+    """Compare the sums of mass and weight before and after a mixing.
+
+    Parameters
+    ----------
+    before : tuple
+        ``state.total()``, and what was lost so far of x and of w.
+    state : State
+        After the mixing.
+    where : str
+        For the message.
+
+    Returns
+    -------
+    dict
+        ``x`` (norm of the sum of x), ``w`` (sum of w at the clients), ``w_in_flight``, ``w_lost``,
+        ``x_gap`` and ``w_gap``, relative.
+
+    Raises
+    ------
+    Unbalanced
+        If a gap is larger than rounding explains.
+    """
+    (x, w), lost_x, lost_w = before
+    total_x, total_w = state.total()
+    spread = float(np.linalg.norm(state.x)) * len(state.w) ** 0.5
+    gone = state.lost_x - lost_x
+    # Mass that cannot be summed is no balance either: a NaN must not pass as small.
+    x_gap = float(np.linalg.norm(total_x + gone - x)) / max(spread, 1e-30)
+    w_gap = abs(total_w + state.lost_w - lost_w - w) / max(w, 1e-30)
+    allowed = TOLERANCE[state.x.dtype]
+    if not (x_gap <= allowed and w_gap <= 1e-9):
+        raise Unbalanced(
+            f"{where}: mass is not balanced after mixing (x off by {x_gap:.1e}, w by "
+            f"{w_gap:.1e} of the whole); training has diverged, or this is a defect"
+        )
+    return {
+        "x": float(np.linalg.norm(total_x)),
+        "w": float(state.w.sum()),
+        "w_in_flight": float(state.flight.w.sum()),
+        "w_lost": state.lost_w,
+        "x_gap": x_gap,
+        "w_gap": w_gap,
+    }
+
+
+def smallest(w: Floats, present: Mask, limit: float) -> None:
+    """Check that nobody who has mass has next to none.
+
+    Raises
+    ------
+    Unbalanced
+        Naming the client with the least.
+    """
+    there = present & (w > 0)
+    if there.any() and w[there].min() < limit:
+        k = int(np.flatnonzero(there)[w[there].argmin()])
+        raise Unbalanced(
+            f"client {k} has a weight of {w[k]:.1e}, below strategy.min_weight="
+            f"{limit:g}: it receives next to nothing, and its model would move by its "
+            "training divided by that; take a denser topology or faults.policy=keep"
+        )
+
+
+def distance(state: State, mean: Floats) -> float:
+    """Return the root mean square over clients of |z_i - mean|, over the norm of the mean."""
+    n, d = state.x.shape
+    inverse = np.divide(1.0, state.w, out=np.zeros(n), where=state.w > 0)
+    scale, there = inverse.astype(state.x.dtype)[:, None], state.w > 0
+    width, total = max(BLOCK // (state.x.itemsize * n), WIDTH), 0.0
+    for s in range(0, d, width):
+        off = state.x[:, s : s + width] * scale
+        off -= mean[s : s + width].astype(off.dtype)
+        total += float(np.square(off[there], dtype=np.float64).sum())
+    norm = float(np.linalg.norm(mean))
+    return float(np.sqrt(total / max(there.sum(), 1)) / max(norm, 1e-30))
+
+
+def saved(name: str, state: State) -> dict[str, Tensor]:
+    """Return a state's arrays as named tensors."""
+    arrays = {
+        "x": state.x,
+        "w": state.w,
+        "links": state.flight.links,
+        "flight_x": state.flight.x,
+        "flight_w": state.flight.w,
+        "lost_x": state.lost_x,
+    }
+    return {f"{name}.{n}": torch.from_numpy(a) for n, a in arrays.items()}
+
+
+def restored(name: str, tensors: Mapping[str, Tensor], lost_w: float) -> State:
+    """Return the state that was saved; empty arrays are not in a checkpoint."""
+    x, w = tensors[f"{name}.x"].numpy(), tensors[f"{name}.w"].numpy()
+    state = State.of(x)
+    state.w, state.lost_x = w, tensors[f"{name}.lost_x"].numpy()
+    state.lost_w = lost_w
+    if f"{name}.links" in tensors:
+        parts = (tensors[f"{name}.{n}"] for n in ("links", "flight_x", "flight_w"))
+        state.flight = Flight(*(part.numpy() for part in parts))
+    return state

@@ -1,0 +1,358 @@
+"""The Flower strategy of the decentralized mode: a relay that carries mass and averages nothing.
+
+    down   z_i = x_i / w_i, a row for each client that a node hosts
+    up     z_i' - z_i, a row for each client that trained there
+    then   the algorithm takes the differences in, and P(t) moves what all carry
+
+A client whose reply is late, lost or refused has a difference of zero; its mass is at the relay
+and is mixed all the same. The sums of mass and of weight are compared before and after every
+mixing, and a gap ends the run.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from logging import WARNING
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from strategies.acceptance import Accepted, Round, add_bytes, replies_of
+from strategies.gossip import Carried, Gossip, Kept
+from strategies.ledger import Unbalanced, audit, distance, restored, saved, smallest
+from strategies.network import Network, Window, contraction, delivered
+from strategies.pushsum import State, hand_over, mix
+from strategies.roster import Roster
+from strategies.wire import pack, weigh
+
+ACTION = "relay"
+
+
+class Relay(Strategy):
+    """Carry what clients push to each other over a directed network that changes.
+
+    Parameters
+    ----------
+    algorithm : Gossip
+        What is carried, and how training enters it.
+    network : Network
+        Topology, weights and faults.
+    theta, buffers : Tensor
+        The model that all clients start from, (d,) and (b,); both are carried.
+    per_round : int
+        How many clients train in a round, at most; all are mixed.
+    seed, evaluate_every, evaluate_clients, work, metrics, min_replies
+        As for `Federation`.
+    """
+
+    def __init__(
+        self,
+        algorithm: Gossip,
+        network: Network,
+        theta: Tensor,
+        buffers: Tensor,
+        *,
+        per_round: int,
+        seed: int = 0,
+        evaluate_every: int = 1,
+        evaluate_clients: str = "all",
+        work: Callable[[int], int] = int,
+        metrics: Sequence[str] = (),
+        min_replies: int = 0,
+    ) -> None:
+        self.algorithm, self.network = algorithm, network
+        self.server, self.buffers = {"theta": theta}, buffers
+        self.roster = Roster(network.n, 0, seed)
+        self.per_round = per_round
+        self.evaluate_every, self.evaluate_clients = evaluate_every, evaluate_clients
+        self.work, self.metrics = work, metrics
+        self.min_replies = min_replies
+        self.ledger: dict[int, int] = {}
+        self.probes: dict[int, float] = {}  # there is no server vector to audit by them
+        self.keep = 0
+        self.state_dir = ""
+        # Tells this run from others in a node's own directory; a resumed run keeps it.
+        self.key = secrets.token_hex(8)
+        self.round = Round(0)
+        self.carried: Carried = {}
+        self.kept: Kept = {}
+        self.mass: dict[str, float] = {}
+        self.window = Window(network.n)
+        self._recent: deque[Any] = deque(maxlen=algorithm.tau)
+        self._asked: dict[int, tuple[list[int], list[int]]] = {}
+        self._told: dict[str, Any] = {}
+
+    def _begin(self) -> None:
+        """Give every client that is there from the start the model, in its weight."""
+        n, roster = self.network.n, self.roster
+        here = self.network.faults.present(0, n)
+        missing = sorted({*np.flatnonzero(here).tolist()} - roster.samples.keys())
+        if missing:
+            raise Unbalanced(
+                f"client {missing[0]} is not there: a network starts with all of its "
+                "clients; leave min_clients=0"
+            )
+        weights = np.zeros(n)
+        for k in np.flatnonzero(here).tolist():
+            weights[k] = self.algorithm.weight(roster.client(k))
+        weights *= here.sum() / weights.sum()
+        value = torch.cat([self.server["theta"], self.buffers]).numpy()
+        model = State.of(weights.astype(value.dtype)[:, None] * value)
+        # What x says, also where float32 cannot hold the weight: z is the model exactly.
+        model.w = weights.astype(value.dtype).astype(np.float64)
+        self.weights = model.w.copy()
+        self.carried, self.kept = self.algorithm.start(model)
+
+    # A round.
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return one message for each node that has work in this round."""
+        self.roster.call(grid)
+        if not self.carried:
+            self._begin()
+        t, again = server_round - 1, self.round.number == server_round
+        self.round = Round(server_round)
+        if not again:  # else too few have answered: what came before them has happened
+            self._say_goodbye(t)
+            self.links = self.network.at(t)
+            if self.algorithm.mixes_first:
+                self._mix(server_round)
+        drawn = self.roster.draw(server_round, self.per_round)
+        training = [k for k in drawn if self.links.awake[k] and self._has_mass(k)]
+        late = self.network.faults.late(self.network.seed, t, self.network.n)
+        if not self.algorithm.trains(server_round):
+            training = []
+        why = "its reply came too late (faults.straggle)"
+        self.round.failed |= {k: why for k in training if late[k]}
+        due = self.evaluate_every and t % self.evaluate_every == 0
+        return self._messages(
+            [k for k in training if not late[k]],
+            self._evaluators(training) if due else [],
+            MessageType.TRAIN,
+        )
+
+    def _has_mass(self, k: int) -> bool:
+        """Return whether client k has a model: one that has just joined has none yet."""
+        return bool(self.carried["model"].w[k] > 0)
+
+    def _evaluators(self, trained: list[int]) -> list[int]:
+        if self.evaluate_clients == "none":
+            return []
+        everyone = self.evaluate_clients == "all"
+        who = self.roster.trainable() if everyone else trained
+        return [k for k in who if self._has_mass(k)]
+
+    def _messages(
+        self, train: list[int], evaluate: list[int], kind: str
+    ) -> list[Message]:
+        """Return one message for each node that works for any of these clients."""
+        number, hosts = self.round.number, self.roster.hosts
+        places = {k: hosts[k] for k in evaluate} | self.roster.place(train, self.work)
+        self._asked, messages = {}, []
+        for node in sorted({*places.values()}):
+            mine = [k for k in train if places[k] == node]
+            judged = [k for k in evaluate if places[k] == node]
+            rows = sorted({*mine, *judged})
+            order: dict[str, Any] = {
+                "round": number,
+                "rows": rows,
+                "train": mine,
+                "versions": [self.ledger.get(k, 0) for k in mine],
+                "evaluate": judged,
+                "keep": self.keep,
+                "mean_samples": self.roster.mean_samples,
+                **self.place(),
+            }
+            block = torch.from_numpy(self.carried["model"].z(rows)).reshape(-1)
+            down = pack({"theta": block})
+            content = RecordDict({"down": down, "order": ConfigRecord(order)})
+            add_bytes(self.round.down, weigh(content))
+            kind_ = f"{kind}.{ACTION}"
+            messages.append(Message(content, node, kind_, group_id=str(number)))
+            self._asked[node] = mine, judged
+        return messages
+
+    def place(self) -> dict[str, str]:
+        """Return what tells a node where this run's memories are."""
+        here = {"state_dir": self.state_dir} if self.state_dir else {}
+        return {"run": self.key, **here}
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Take in the differences that can be accepted, and mix."""
+        wanted = sum(len(train) for train, _ in self._asked.values())
+        found = [reply for reply in self._accepted(replies) if reply.trained]
+        for node, (asked, _) in self._asked.items():
+            why = "no reply before the deadline"
+            log(WARNING, "round %s: node %s: %s", server_round, node, why)
+            self.round.failed |= dict.fromkeys(asked, why)
+        count = sum(len(reply.trained) for reply in found)
+        if count < min(self.min_replies, wanted):
+            self.round.short = True
+            self.round.enter_failed(self.roster)
+            return None, None
+        for reply in found:
+            self._take(reply)
+        self.round.accepted.sort()
+        if not self.algorithm.mixes_first:
+            self._mix(server_round)
+        self.round.enter_failed(self.roster)
+        self._report()
+        return pack(self.server), None
+
+    def _accepted(self, replies: Iterable[Message]) -> Iterator[Accepted]:
+        """Yield what may be used of the replies."""
+        size = self.carried["model"].x.shape[1]
+        return replies_of(
+            replies,
+            self.round,
+            self._asked,
+            self.roster,
+            {"delta": size},
+            self.server["theta"].dtype,
+            self.metrics,
+            each=True,
+        )
+
+    def _take(self, reply: Accepted) -> None:
+        """Take in a node's differences, each in its client's weight."""
+        rows = np.array(reply.trained, dtype=np.int64)
+        change = reply.up["delta"].view(len(rows), -1)
+        weight = torch.from_numpy(self.weights[rows]).to(change.dtype)
+        change = self.algorithm.scaled(change * weight[:, None])
+        self.algorithm.take(self.carried, self.kept, rows, change.numpy())
+        self.round.accepted += reply.trained
+        self.ledger |= dict.fromkeys(reply.trained, self.round.number)
+
+    def _mix(self, server_round: int) -> None:
+        """Push everything that is carried once, and audit it."""
+        faults = self.network.faults
+        for name, state in self.carried.items():
+            before = state.total(), state.lost_x.copy(), state.lost_w
+            mix(self.links, state, faults.policy)
+            found = audit(before, state, f"round {server_round}: {name}")
+            if name == "model":
+                self.mass = found
+        present = faults.present(server_round - 1, self.network.n)
+        smallest(self.carried["model"].w, present, self.algorithm.min_weight)
+        self._recent.append(delivered(self.links, faults.policy))
+        self.window.see(self.links, present)
+
+    def _say_goodbye(self, t: int) -> None:
+        """Take out those who crash or leave as round t begins."""
+        crashed, left = self.network.faults.going(t)
+        present = self.network.faults.present(t, self.network.n)
+        for k in [*crashed, *left]:
+            heir = self.network.heir(k, t, present) if k in left else None
+            for state in self.carried.values():
+                hand_over(state, k, heir)
+
+    # What is told.
+
+    def _report(self) -> None:
+        """Measure where the network stands after a round."""
+        model = self.carried["model"]
+        mean = model.mean()
+        whole = torch.from_numpy(mean).to(self.server["theta"].dtype)
+        split = len(self.server["theta"])
+        self.server, self.buffers = {"theta": whole[:split]}, whole[split:]
+        there = model.w > 0
+        arcs = int(self.links.P.nnz - np.count_nonzero(self.links.P.diagonal()))
+        vector = model.x.shape[1] * model.x.itemsize
+        message = len(self.carried) * vector + model.w.itemsize
+        self._told = {
+            "consensus_distance": distance(model, mean),
+            "min_weight": float(model.w[there].min()),
+            "contraction": contraction(list(self._recent)),
+            "window": self.window.longest,
+            "links": arcs,
+            "links_lost": int(self.links.lost.nnz),
+            "bytes_per_link": message,
+            "link_bytes": arcs * message,
+            "mass": self.mass,
+            **self.algorithm.audit(self.carried, self.kept),
+        }
+
+    def norms(self) -> dict[str, Any]:
+        """Return what the record says of the network."""
+        return self._told
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return messages that only evaluate, for the models after the last round."""
+        self.round = Round(server_round)
+        if not self.carried:
+            self._begin()
+        everyone = self._evaluators(self.roster.trainable())
+        return self._messages([], everyone, MessageType.EVALUATE)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Enter the clients' scores into the round's rows."""
+        list(self._accepted(replies))
+        return None
+
+    def summary(self) -> None:
+        """Nothing: the run's own record says it all."""
+
+    # What a checkpoint holds.
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors and the JSON-able rest from which ``restore`` continues."""
+        tensors = {"weights": torch.from_numpy(self.weights)}
+        for name, state in self.carried.items():
+            tensors |= saved(name, state)
+        tensors |= {f"kept.{n}": torch.from_numpy(m) for n, m in self.kept.items()}
+        rest = {
+            "ledger": {str(k): r for k, r in self.ledger.items()},
+            "mean_samples": self.roster.mean_samples,
+            "run": self.key,
+            "round": self.round.number,
+            "lost": {n: s.lost_w for n, s in self.carried.items()},
+            "window": [self.window.longest, self.window.length],
+        }
+        return tensors, rest
+
+    def restore(self, vectors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+        """Continue from what ``state`` returned."""
+        self.weights = vectors["weights"].numpy()
+        self.carried = {
+            name: restored(name, vectors, rest["lost"][name])
+            for name in self.algorithm.carries
+        }
+        self.kept = {
+            n.removeprefix("kept."): v.numpy()
+            for n, v in vectors.items()
+            if n.startswith("kept.")
+        }
+        self.ledger = {int(k): r for k, r in rest["ledger"].items()}
+        self.roster.mean_samples, self.key = rest["mean_samples"], rest["run"]
+        # P(t) is a pure function: what was seen of the network is looked at again.
+        done = int(rest["round"])
+        longest, length = rest["window"]
+        faults, n = self.network.faults, self.network.n
+        for t in range(max(0, done - self.algorithm.tau), done):
+            self._recent.append(delivered(self.network.at(t), faults.policy))
+        for t in range(done - length, done):
+            self.window.see(self.network.at(t), faults.present(t, n))
+        self.window.longest = longest
