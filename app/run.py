@@ -23,6 +23,7 @@ from app.errors import UserError
 from app.exchange import exchange
 from app.host import Setting, objective, setting, trainer
 from app.joining import wait_for_clients
+from app.local_grid import LocalGrid
 from app.records import read_rounds
 from app.resume import describe, find_unfinished
 from app.rounds import Rounds
@@ -85,15 +86,17 @@ class Run:
         self.records: list[dict[str, Any]] = []
         self.first = 1
         self.directory = self._resume() if self.config.resume else self._create()
-        if self._keeps_files():
-            self.federation.state_dir = str(self.directory.path / "clients")
 
-    def _keeps_files(self) -> bool:
-        """Whether clients' memories go to files: a checkpoint without them is worth nothing."""
-        kind = self.config.client_memory
-        return kind == "directory" or (
-            kind == "auto" and self.config.checkpoint_every > 0
-        )
+    def _keeps_files(self, grid: Grid) -> bool:
+        """Whether clients' memories go to files.
+
+        A checkpoint without them is worth nothing; and Flower's simulation hands a node's whole
+        context to and fro with each message, the memories of clients that rest included.
+        """
+        config = self.config
+        if config.client_memory == "auto":
+            return config.checkpoint_every > 0 or not isinstance(grid, LocalGrid)
+        return config.client_memory == "directory"
 
     # Where it is written.
 
@@ -150,6 +153,8 @@ class Run:
             If the clients do not join in time.
         """
         config, began = self.config, time.perf_counter()
+        if self._keeps_files(grid):
+            self.federation.state_dir = str(self.directory.path / "clients")
         self.say(f"run directory: {self.directory.path}")
         wait_for_clients(grid, self.federation.roster, config, self.say)
         stopped = ""

@@ -2,6 +2,7 @@
 
     ./run.sh bench                                  all workloads, all contenders, 5 repeats
     ./run.sh bench --workloads W1,W4 --who local,bare-vmap --rounds 10 --repeats 3
+    ./run.sh bench --workloads C10,C100,C1000,C10000,P0.1,P1,P10 --who local   how cost grows
 
 A repeat runs every contender once, each in a process of its own, so that a machine that slows down
 slows all of them. A contender's figure is the median over the repeats of the median round of each,
@@ -12,14 +13,17 @@ shows that the work was equal.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+import uuid
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,8 @@ from rich.table import Table
 from app.environment import environment
 from app.errors import UserError, nearest
 from app.records import read_rounds, read_summary, write_atomic
-from bench.workloads import WORKLOADS
+from bench.own_flower import marked, own_flower
+from bench.workloads import ALL, WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,15 +45,24 @@ def _ours(workload: str, rounds: int, runtime: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         given = [f"rounds={rounds}", f"output_dir={folder}", "name=run", "nodes=2"]
-        overrides = [*WORKLOADS[workload].overrides, *given]
+        overrides = [*ALL[workload].overrides, *given]
+        stamps: list[float] = []
+
+        def stamp(_: dict[str, Any]) -> tuple[bool, dict[str, float]]:
+            stamps.append(time.perf_counter())
+            return False, {}
+
         if runtime == "local":
-            run_local(overrides, say=lambda _: None)
+            run_local(overrides, [stamp], say=lambda _: None)
         else:
-            run_flower(overrides, say=lambda _: None)
+            with own_flower(Path(folder) / "flower"):
+                run_flower(overrides, say=lambda _: None)
         path = Path(folder) / "run"
         records, summary = read_rounds(path)[1:], read_summary(path) or {}
         # The test set is evaluated in the last round alone, so that one is left out too.
-        seconds = [r["seconds"]["round"] for r in records[:-1]]
+        # From one round's record to the next, all is counted: what is written between them too.
+        seconds = [b - a for a, b in pairwise(stamps[:-1])]
+        seconds = seconds or [r["seconds"]["round"] for r in records[:-1]]
         where = {
             part: statistics.median(r["seconds"][part] for r in records[1:-1])
             for part in ("client", "wire", "server")
@@ -71,7 +85,7 @@ def _stock(workload: str, rounds: int, _: str) -> dict[str, Any]:
     """Run stock Flower by `flwr run`, with a node for each client."""
     from app.config import load
 
-    clients = load(WORKLOADS[workload].overrides).clients
+    clients = load(ALL[workload].overrides).clients
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         config = f"workload='{workload}' rounds={rounds} out='{out}' root='{ROOT}'"
@@ -79,12 +93,8 @@ def _stock(workload: str, rounds: int, _: str) -> dict[str, Any]:
         flwr = Path(sys.executable).with_name("flwr")
         command = [str(flwr), "run", str(ROOT / "bench" / "stock"), "--stream"]
         command += ["--run-config", config, "--federation-config", nodes]
-        environment_ = {
-            **os.environ,
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        }
-        done = subprocess.run(command, env=environment_, capture_output=True, text=True)
+        with own_flower(Path(folder) / "flower"):
+            done = subprocess.run(command, capture_output=True, text=True)
         if not out.exists():
             raise UserError(
                 f"stock Flower failed: {done.stdout[-500:]}{done.stderr[-500:]}"
@@ -105,23 +115,40 @@ CONTENDERS: dict[str, tuple[Callable[[str, int, str], dict[str, Any]], str]] = {
 def measure(who: str, workload: str, rounds: int) -> dict[str, Any]:
     """Run one contender in a process of its own and return what it says."""
     command = [sys.executable, "-m", "bench", "--one", who, workload, str(rounds)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = [x for x in done.stdout.splitlines() if x.startswith('{"')]
-    if done.returncode or not lines:
-        said = done.stderr.strip().splitlines() or ["nothing was said"]
-        raise UserError(f"{who} on {workload}: {said[-1].removeprefix('error: ')}")
+    # All that the contender starts inherits this, so that its memory can be told.
+    mark = f"FEDGRAD_BENCH={uuid.uuid4()}"
+    environment_ = {**os.environ, **dict([mark.split("=")])}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment_, stdout=out, stderr=err, text=True
+        )
+        peak = 0.0
+        while process.poll() is None:
+            peak = max(peak, resident(marked(mark)))
+            time.sleep(0.5)
+        out.seek(0)
+        err.seek(0)
+        lines = [x for x in out.read().splitlines() if x.startswith('{"')]
+        if process.returncode or not lines:
+            said = err.read().strip().splitlines() or ["nothing was said"]
+            raise UserError(f"{who} on {workload}: {said[-1].removeprefix('error: ')}")
     found: dict[str, Any] = json.loads(lines[-1])
-    return found
+    return {**found, "peak_mb": peak}
+
+
+def resident(processes: list[int]) -> float:
+    """Return the MB in memory of some processes; what they share counts for each."""
+    pages = 0
+    for pid in processes:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def one(who: str, workload: str, rounds: int) -> None:
     """Be a contender: print what it measured as one JSON line."""
     function, argument = CONTENDERS[who]
-    found = function(workload, rounds, argument)
-    # KiB on Linux; the largest of this process and of those that it waited for.
-    usage = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    peak = max(resource.getrusage(kind).ru_maxrss for kind in usage)
-    print(json.dumps({**found, "peak_mb": peak / 1024}), flush=True)
+    print(json.dumps(function(workload, rounds, argument)), flush=True)
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -178,7 +205,7 @@ def main() -> int:
         return 0
     console = Console()
     try:
-        for names, valid in ((given.workloads, WORKLOADS), (given.who, CONTENDERS)):
+        for names, valid in ((given.workloads, ALL), (given.who, CONTENDERS)):
             for name in names.split(","):
                 if name not in valid:
                     raise UserError(f"'{name}' is not known; {nearest(name, valid)}")
@@ -197,7 +224,7 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    what = {name: WORKLOADS[name].what for name in results}
+    what = {name: ALL[name].what for name in results}
     report = {"workloads": what, "rounds": given.rounds, "results": results}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(given.out, json.dumps({**report, **environment()}, indent=1) + "\n")

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 from app.config import Config, load
 from app.host import objective, setting
-from bench.workloads import WORKLOADS
+from bench.workloads import ALL
 
 PROCESSES = 2
 
 
 def timed(name: str, how: str, rounds: int) -> dict[str, Any]:
     """Train a workload and return the seconds of each round and the final accuracy."""
-    overrides = tuple(WORKLOADS[name].overrides)
+    overrides = tuple(ALL[name].overrides)
     config, here = load(overrides), setting(overrides)
     module = objective(config, here.dataset).module
     theta = nn.utils.parameters_to_vector(module.parameters()).detach().share_memory_()
@@ -59,13 +59,13 @@ def _work(
 ) -> None:
     """Train this process's share of each round's cohort."""
     torch.set_num_threads(1)
-    overrides = tuple(WORKLOADS[name].overrides)
+    overrides = tuple(ALL[name].overrides)
     config, here = load(overrides), setting(overrides)
     module = objective(config, here.dataset).module
     module.train()
     x, y = here.dataset.train.x, here.dataset.train.y
     rows = [torch.from_numpy(part) for part in here.parts]
-    lr, times = WORKLOADS[name].lr, []
+    lr, times = ALL[name].lr, []
     train = _loop if how == "loop" else _vmap
     for round_ in range(rounds):
         began = time.perf_counter()

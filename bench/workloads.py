@@ -41,6 +41,22 @@ class Workload:
         ]
 
 
+def drawn(clients: int, *settings: str) -> tuple[str, ...]:
+    """Return the settings of clients of 50 synthetic samples each, all of them in each round."""
+    return (
+        "data=synthetic_feddyn",
+        "data.dimension=60",
+        "data.classes=10",
+        f"data.clients={clients}",
+        "data.average_samples=50",
+        "partition=natural",
+        f"clients={clients}",
+        f"clients_per_round={clients}",
+        "local.epochs=1",
+        *settings,
+    )
+
+
 MNIST = ("data=mnist", "partition=iid", "clients=100")
 WORKLOADS = {
     w.name: w
@@ -72,19 +88,28 @@ WORKLOADS = {
         Workload(
             "W4",
             "logistic 60-10, 1,000 of 1,000 clients of 50 samples, 1 epoch, batch 10",
-            (
-                "data=synthetic_feddyn",
-                "data.dimension=60",
-                "data.classes=10",
-                "data.clients=1000",
-                "data.average_samples=50",
-                "partition=natural",
-                "model=linear",
-                "clients=1000",
-                "clients_per_round=1000",
-                "local.epochs=1",
-            ),
+            drawn(1000, "model=linear"),
             0.5,
         ),
     )
 }
+#: How cost grows: with the clients, and with the parameters (in millions) of ten clients.
+GROWTH = {
+    **{
+        f"C{n}": Workload(
+            f"C{n}", f"logistic 60-10, {n:,} clients", drawn(n, "model=linear"), 0.5
+        )
+        for n in (10, 100, 1000, 10000)
+    },
+    **{
+        f"P{millions:g}": Workload(
+            f"P{millions:g}",
+            f"MLP of {millions:g} million parameters, 10 clients",
+            # 60 inputs, 10 outputs and their biases make 71 parameters for a hidden unit.
+            drawn(10, "model=mlp", f"model.hidden=[{round(millions * 1e6 / 71)}]"),
+            0.1,
+        )
+        for millions in (0.1, 1.0, 10.0)
+    },
+}
+ALL = WORKLOADS | GROWTH

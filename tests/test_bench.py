@@ -1,6 +1,10 @@
 """The benchmark: its workloads are what they say, and its figures are medians."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,8 @@ import pytest
 
 from app.config import load
 from bench import __main__ as bench
-from bench.workloads import WORKLOADS, Workload
+from bench.own_flower import marked
+from bench.workloads import ALL, WORKLOADS, Workload
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=list(WORKLOADS))
@@ -33,14 +38,29 @@ def test_our_own_run_is_read_from_its_record(
 ) -> None:
     settings = ("data=digits", "partition=iid", "clients=6", "clients_per_round=6")
     tiny = Workload("tiny", "6 of 6", (*settings, "processes=0"), 0.1)
-    monkeypatch.setitem(WORKLOADS, "tiny", tiny)
+    monkeypatch.setitem(ALL, "tiny", tiny)
     bench.one("local", "tiny", 4)
     found = json.loads(capsys.readouterr().out)
     # The last round evaluates, so it is left out.
-    assert len(found["seconds"]) == 3 and min(found["seconds"]) > 0
+    assert len(found["seconds"]) == 2 and min(found["seconds"]) > 0
     assert found["accuracy"] > 0.2 and found["engine"] == "vmap"
     assert found["where"].keys() == {"client", "wire", "server"}
-    assert found["peak_mb"] > 50
+
+
+def test_memory_is_that_of_all_processes_that_a_contender_started() -> None:
+    mark = "FEDGRAD_BENCH=test"
+    with subprocess.Popen(
+        [sys.executable, "-c", "held = bytearray(60 << 20); input()"],
+        env={**os.environ, **dict([mark.split("=")])},
+        stdin=subprocess.PIPE,
+    ) as process:
+        limit = time.monotonic() + 20
+        while bench.resident(marked(mark)) < 60 and time.monotonic() < limit:
+            time.sleep(0.05)
+        held = bench.resident(marked(mark))
+        process.communicate(b"\n")
+    assert 60 < held < 200
+    assert marked(mark) == []
 
 
 @pytest.mark.parametrize(

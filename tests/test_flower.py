@@ -6,12 +6,8 @@ nobody else's, and its processes are known by that FLWR_HOME and ended by their 
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +19,7 @@ from test_derive import GIVEN, centralized, printed
 from app.errors import UserError
 from app.experiment import run_flower
 from app.records import read_summary
+from bench.own_flower import belonging, end, own_flower
 
 pytestmark = [
     pytest.mark.flower,
@@ -32,70 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., Result]
 
 
-def free_ports(count: int) -> list[str]:
-    """Ports that are free now, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [str(s.getsockname()[1]) for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
-
-
-def belonging(home: Path) -> list[int]:
-    """Ids of the living processes that were started with this FLWR_HOME."""
-    mark = f"FLWR_HOME={home}".encode()
-    ids = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
-                ids.append(int(entry.name))
-        except OSError:
-            continue  # ended meanwhile, or another user's
-    return ids
-
-
-def end(home: Path) -> list[int]:
-    """End these processes and return who is left: politely first, the SuperLink before Ray."""
-    for how, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-        limit = time.monotonic() + patience
-        for pid in sorted(belonging(home)):
-            try:
-                os.kill(pid, how)
-            except ProcessLookupError:
-                continue
-        while belonging(home) and time.monotonic() < limit:
-            time.sleep(0.1)
-    return belonging(home)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Give the FLWR_HOME of this module's SuperLink: the first `flwr run` starts it."""
     path = tmp_path_factory.mktemp("flower")
-    http, control = free_ports(2)
-    environment = {
-        "FLWR_HOME": str(path),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": http,
-        "FLWR_LOCAL_CONTROL_API_PORT": control,
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        try:
-            yield path
-        finally:
-            left = end(path)
-    assert not left, f"processes {left} would not end"
+    with own_flower(path):
+        yield path
 
 
 def test_a_mistake_is_told_before_flower_starts(home: Path) -> None:

@@ -19,7 +19,8 @@ from flwr.serverapp.strategy import FedAvg
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 
 @lru_cache(maxsize=1)
@@ -28,10 +29,10 @@ def prepared(root: str, name: str):
     sys.path.insert(0, root)
     from app.config import load
     from app.host import setting
-    from bench.workloads import WORKLOADS
+    from bench.workloads import ALL
 
-    overrides = tuple(WORKLOADS[name].overrides)
-    return load(overrides), setting(overrides), WORKLOADS[name].lr
+    overrides = tuple(ALL[name].overrides)
+    return load(overrides), setting(overrides), ALL[name].lr
 
 
 def model(root: str, name: str):
