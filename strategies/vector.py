@@ -61,3 +61,8 @@ class Layout:
         return {
             n: p.view(s) for n, s, p in zip(self.names, self.shapes, parts, strict=True)
         }
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of two vectors, the same bits wherever they lie in memory."""
+    return (a * b).sum()

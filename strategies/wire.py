@@ -55,14 +55,11 @@ def decode(array: Array, size: int) -> np.ndarray:
     """
     if len(array.data) > 8 * size + 4096:
         raise Refused(f"has {len(array.data)} bytes, too many for {size} numbers")
-    numbers = shaped(array)
-    if numbers.shape != (size,):
-        raise Refused(f"has shape {numbers.shape}, expected ({size},)")
-    return numbers
+    return shaped(array, (size,))
 
 
-def shaped(array: Array) -> np.ndarray:
-    """Return the array's numbers in its own shape, without trusting anything about it.
+def shaped(array: Array, expected: tuple[int, ...] | None = None) -> np.ndarray:
+    """Return the array's numbers in the expected shape or, without one, in its own.
 
     Raises
     ------
@@ -81,6 +78,8 @@ def shaped(array: Array) -> np.ndarray:
         raise Refused("is not a numpy array") from error
     if dtype not in (np.float32, np.float64):
         raise Refused(f"has dtype {dtype}, expected float32 or float64")
+    if expected is not None and shape != expected:
+        raise Refused(f"has shape {tuple(shape)}, expected {expected}")
     count = math.prod(shape)
     left = len(array.data) - stream.tell()
     if len(shape) > 8 or min(shape, default=0) < 0 or left != count * dtype.itemsize:

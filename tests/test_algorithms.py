@@ -12,11 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from strategies.algorithm import Algorithm, Client, Cohort, Vectors
+from strategies.algorithm import (
+    Algorithm,
+    Client,
+    Cohort,
+    Vectors,
+    Witness,
+    sizes,
+)
 from strategies.fedavg import FedAvg
 from strategies.feddyn import FedDyn
+from strategies.fedopt import FedOpt
+from strategies.fedopt_hyper import FedOptHyper
 from strategies.fedprox import FedProx
 from strategies.fedsophia import FedSophia
+from strategies.learned_weights import LearnedWeights
 from strategies.local import Mean
 from strategies.scaffold import Scaffold
 from strategies.sgd import SGD
@@ -94,6 +104,11 @@ class Federation:
         for k in cohort:
             client = Client(k, int(10 * self.shares[k]), self.shares[k])
             state = self.algorithm.begin(down, self.memories[k], client)
+            if isinstance(self.algorithm, Witness):
+                point = down["theta"]
+                gradient = A[k] @ point - B[k]
+                loss = 0.5 * point @ A[k] @ point - B[k] @ point
+                state = self.algorithm.witness(state, gradient, loss)
             theta, effort = self.solve(self.algorithm, state, k, down["theta"])
             up, self.memories[k] = self.algorithm.finish(
                 theta, down["theta"], state, effort
@@ -460,6 +475,11 @@ def test_scaffold_invariant() -> None:
         FedDyn(),
         FedDyn(mean_of_all=True),
         FedSophia(),
+        FedOpt(),
+        FedOpt(optimizer="yogi"),
+        FedOptHyper(),
+        FedOptHyper(optimizer="adam", independent=True),
+        LearnedWeights(),
     ],
 )
 def test_every_algorithm_keeps_its_promises(algorithm: Algorithm) -> None:
@@ -469,7 +489,10 @@ def test_every_algorithm_keeps_its_promises(algorithm: Algorithm) -> None:
     state = algorithm.begin(
         algorithm.down(server), algorithm.fresh(theta), Client(0, 3, 1.0)
     )
+    if isinstance(algorithm, Witness):
+        state = algorithm.witness(state, theta + 2, theta.new_ones(()))
     up, memory = algorithm.finish(theta + 1, theta, state, theta.new_ones(()))
+    assert sizes(algorithm, theta) == {n: len(v) for n, v in up.items()}
     assert tuple(up) == algorithm.up
     assert memory.keys() == algorithm.fresh(theta).keys()
     assert server.keys() == algorithm.update(server, up, Cohort(1, 4, 1)).keys()

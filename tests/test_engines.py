@@ -13,8 +13,10 @@ from strategies.done import Done, Richardson
 from strategies.engine import choose, train
 from strategies.fedavg import FedAvg
 from strategies.feddyn import FedDyn
+from strategies.fedopt_hyper import FedOptHyper
 from strategies.fedprox import FedProx
 from strategies.fedsophia import FedSophia, Sophia
+from strategies.learned_weights import LearnedWeights
 from strategies.local import Job, Local, Mean, Part, Trained, Trainer, orders
 from strategies.objective import Batch, Objective
 from strategies.optimizer import Optimizer
@@ -29,6 +31,8 @@ ALGORITHMS = [
     Scaffold(),
     FedDyn(alpha=0.2),
     FedDyn(alpha=0.2, weighting="samples", mean_of_all=True),
+    FedOptHyper(independent=True),
+    LearnedWeights(),
 ]
 
 

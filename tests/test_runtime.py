@@ -21,7 +21,15 @@ from app.local_grid import LocalGrid
 from app.store import ContextStore, DirectoryStore
 
 Door = Callable[..., Result]
-ALGORITHMS = ("fedavg", "feddyn", "scaffold", "fedprox")
+CLIENT_LR = (
+    "strategy=fedopt_hyper",
+    "strategy.client_lr=true",
+    "optimizer=tuned_sgd",
+)
+ALGORITHMS = (
+    *("fedavg", "feddyn", "scaffold", "fedprox"),
+    *("fedopt", "fedopt_hyper", "learned_weights"),
+)
 
 
 def close(a: Result, b: Result) -> None:
@@ -386,6 +394,9 @@ def die(after: int) -> Callable[[Mapping[str, Any]], tuple[bool, dict[str, float
         ("strategy=scaffold", "optimizer.momentum=0.5"),
         ("strategy=feddyn", "client_memory=directory", "stop.patience=40"),
         ("strategy=fedavg", "optimizer.lr_decay=0.9"),
+        (*CLIENT_LR, "strategy.momentum=0.5", "strategy.optimizer=adam"),
+        ("strategy=fedopt_hyper", "strategy.independent=true"),
+        ("strategy=learned_weights", "clients_per_round=5"),
     ],
     ids=" ".join,
 )
@@ -589,6 +600,7 @@ def test_the_composed_settings_are_kept(run: Door) -> None:
         (("strategy=feddyn",), 1, 0),
         (("strategy=scaffold",), 1, 1),
         (("strategy=fedprox",), 1, 0),
+        (("strategy=fedopt",), 1, 0),
     ],
     ids=lambda v: v[0] if isinstance(v, tuple) else "",
 )
