@@ -44,6 +44,9 @@ def measure(run: Run, metric: str, targets: Sequence[float]) -> dict[str, Any]:
         numbers["final"] = float(values[-1]) if np.isfinite(values[-1]) else None
         numbers["best"] = float(pick(finite)) if finite.size else None
         numbers["rounds_to"] = {f"{t:g}": rounds_to(run, t, metric) for t in targets}
+        numbers["spent_to"] = {
+            t: spent(run, at) for t, at in numbers["rounds_to"].items()
+        }
         named = lookup(run.rounds[-1], "models") or {}
         if len(named) > 1 and targets:
             numbers["models"] = {
@@ -60,6 +63,17 @@ def measure(run: Run, metric: str, targets: Sequence[float]) -> dict[str, Any]:
         "gradients": int(cumulative(run.rounds, "gradients")[-1]),
         "seconds": round(float(cumulative(run.rounds, "seconds")[-1]), 1),
         "failures": summary.get("failures", 0),
+    }
+
+
+def spent(run: Run, until: int | None) -> dict[str, float] | None:
+    """Return bytes and seconds of the rounds up to one, None of a round never reached."""
+    places = [i for i, record in enumerate(run.rounds) if record["round"] == until]
+    if not places:
+        return None
+    return {
+        axis: round(float(cumulative(run.rounds, axis)[places[0]]), 1)
+        for axis in ("bytes", "seconds")
     }
 
 

@@ -52,6 +52,21 @@ class Size(Model):
     overrides: list[str]
 
 
+class Reference(Model):
+    """Numbers that others published, to be held against a study's own.
+
+    Attributes
+    ----------
+    source : str
+        Where they are from, and what has to be known to compare them.
+    rounds_to : dict
+        From variant to target to rounds; null where the target was not reached.
+    """
+
+    source: str
+    rounds_to: dict[str, dict[float, float | None]]
+
+
 class Study(Model):
     """The section ``study`` of a preset; docs/studies.md explains each key."""
 
@@ -61,12 +76,16 @@ class Study(Model):
     metric: str
     verdict: Rule
     sizes: dict[str, Size]
+    reference: Reference | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         unknown = {*self.verdict.lead, *self.verdict.rivals} - self.variants.keys()
         if unknown:
             raise ValueError(f"verdict: no variants are called {sorted(unknown)}")
+        known = self.reference.rounds_to if self.reference else {}
+        if unknown := known.keys() - self.variants.keys():
+            raise ValueError(f"reference: no variants are called {sorted(unknown)}")
         return self
 
 

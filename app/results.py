@@ -78,6 +78,7 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
         "minutes": round(sum(r["seconds"] for r in runs) / 60, 2),
         "verdict": judge(study.verdict, variants, seeds, study.metric),
         "variants": variants,
+        "reference": study.reference and study.reference.model_dump(mode="json"),
     }
     metric = EXCESS if study.metric == DISTANCE else study.metric
     # Less one standard deviation may be below zero, which a log axis cannot show.
@@ -127,12 +128,21 @@ def write_page(docs: Path = DOCS) -> None:
     print(docs / "results.md")
 
 
-def cells(table: Table, metric: str, targets: Sequence[float]) -> list[list[str]]:
-    """Return the comparison as text, its header first; mean and sd over the seeds."""
+def cells(
+    table: Table, metric: str, targets: Sequence[float], focus: float | None = None
+) -> list[list[str]]:
+    """Return the comparison as text, its header first; mean and sd over the seeds.
+
+    Of the target ``focus`` it also says what was sent until then, and how long it took.
+    """
     sign = "≤" if better(metric) else "≥"
     head = ["variant", "runs", *(f"rounds to {sign} {t:g}" for t in targets)]
+    every = [run for seeds in table.values() for run in seeds.values()]
+    # Results of before know nothing of it.
+    told = focus is not None and all("spent_to" in run for run in every)
+    head += [f"{unit} to {sign} {focus:g}" for unit in ("MB", "s") if told]
     head += [f"final {metric}", *([f"best {metric}"] if metric != DISTANCE else [])]
-    # No seconds: runs share the machine with whatever else it does.
+    # No seconds of whole runs: they share the machine with whatever else it does.
     lines = [[*head, "MB sent", "gradients"]]
     form = ".4f" if metric == "accuracy" else ".3g"
     for name, seeds in table.items():
@@ -140,6 +150,11 @@ def cells(table: Table, metric: str, targets: Sequence[float]) -> list[list[str]
         line = [name, str(len(runs))]
         for t in targets:
             line.append(Spread.of(r["rounds_to"][f"{t:g}"] for r in runs).text(".1f"))
+        if told:
+            until = [(r["spent_to"][f"{focus:g}"] or {}) for r in runs]
+            megabytes = [u["bytes"] / 1e6 if u else None for u in until]
+            line.append(Spread.of(megabytes).text(".3g"))
+            line.append(Spread.of(u.get("seconds") for u in until).text(".3g"))
         for key in ("final", "best")[: 1 if metric == DISTANCE else 2]:
             line.append(Spread.of(r[key] for r in runs).text(form))
         line.append(Spread.of(r["bytes"] / 1e6 for r in runs).text(".3g"))
@@ -170,12 +185,27 @@ def models(table: Table, targets: Sequence[float]) -> list[str]:
     return lines
 
 
+def reference(result: Mapping[str, Any]) -> str:
+    """Return what others published of the same variants as a table of its own."""
+    given = result.get("reference")
+    if not given:
+        return ""
+    targets = [f"{t:g}" for t in result["targets"]]
+    lines = [["variant", *(f"rounds to ≥ {t}" for t in targets)]]
+    for name, numbers in given["rounds_to"].items():
+        reached = {f"{float(t):g}": at for t, at in numbers.items()}
+        found = [reached.get(t) for t in targets]
+        lines.append([name, *("-" if at is None else f"{at:g}" for at in found)])
+    return f"\nFor comparison, {given['source']}:\n\n{markdown(lines)}"
+
+
 def body(result: Mapping[str, Any], figure: str) -> str:
     """Return a study's result as Markdown below its heading."""
     table, targets = result["variants"], result["targets"]
     metric = result["metric"]
     notes = "".join(f"\n{line}\n" for line in models(table, targets))
     verdict = judge(Rule(**result["rule"]), table, result["seeds"], metric)
+    focus = result["rule"].get("target")
     machine, versions = result["machine"], result["versions"]
     with_ = ", ".join(f"{name} {v}" for name, v in versions.items() if v)
     given = " ".join(result["overrides"])
@@ -186,7 +216,8 @@ def body(result: Mapping[str, Any], figure: str) -> str:
     return (
         f"Claim: {result['claim']}\n\n"
         f"Verdict: {verdict['text']}\n\n"
-        f"{markdown(cells(table, metric, targets))}{notes}\n"
+        f"{markdown(cells(table, metric, targets, focus))}{notes}"
+        f"{reference(result)}\n"
         f"![{result['study']}]({figure})\n\n"
         f"Fairness: {result['fairness']}\n\n"
         f"Run: size {result['size']}, {many}, "

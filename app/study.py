@@ -200,7 +200,8 @@ def _study(words: Sequence[str], publishing: bool) -> int:
     failures = run(planned, console)
     result = results.summarize(planned)
     if result:
-        show(results.cells(result["variants"], result["metric"], planned.targets))
+        metric, focus = result["metric"], planned.study.verdict.target
+        show(results.cells(result["variants"], metric, planned.targets, focus))
         for line in results.models(result["variants"], planned.targets):
             console.print(line)
         console.print(f"verdict: {result['verdict']['text']}")

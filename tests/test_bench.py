@@ -12,6 +12,7 @@ import pytest
 
 from app.config import load
 from bench import __main__ as bench
+from bench import overhead
 from bench.own_flower import marked
 from bench.workloads import ALL, WORKLOADS, Workload
 
@@ -61,6 +62,20 @@ def test_memory_is_that_of_all_processes_that_a_contender_started() -> None:
         process.communicate(b"\n")
     assert 60 < held < 200
     assert marked(mark) == []
+
+
+def test_optimizers_are_timed_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(overhead, "SAMPLES", 20)
+    monkeypatch.setattr(overhead, "TASK", (*overhead.TASK, "local.steps=2"))
+    assert overhead.main(["--models", "mlp_sophia", "--repeats", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "Fed-Sophia, GNB, tau=10" in text and "1.00" in text
+    lines = overhead.rows("m", {"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 6.0]})
+    assert lines == [["m", "a", "200.00", "1.00"], ["m", "b", "200.00", "1.50"]]
+    assert overhead.main(["--models", "lenet"]) == 2
+    assert "mlp_sophia" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Data sets: shapes, published formulas, bringing one's own, and errors in one line."""
 
+import csv
 import inspect
 import io
 import os
@@ -373,6 +374,60 @@ def test_emnist_letters_are_upright_limited_and_counted_from_zero(tmp_path):
     with pytest.raises(UserError) as caught:
         emnist(str(tmp_path), limit=27)
     one_line(caught, "26")
+
+
+def small_mnist(tmp_path: Path, train: int, test: int) -> Path:
+    """Write MNIST's files with grey noise of which half of each image never changes."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("t10k", test)):
+        images = rng.integers(0, 256, (count, 28, 28))
+        images[:, :14] = 7
+        write_idx(raw / f"{part}-images-idx3-ubyte", images)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(count) % 10)
+    return tmp_path
+
+
+def test_mnist_as_one_pool(tmp_path):
+    root = str(small_mnist(tmp_path, 40, 20))
+    apart, pool = mnist(root), mnist(root, pool=True)
+    assert pool.train.x.shape == (60, 1, 28, 28) and len(pool.test) == 0
+    torch.testing.assert_close(
+        pool.train.x, torch.cat([apart.train.x, apart.test.x]), rtol=0, atol=0
+    )
+    assert pool.train.y.tolist() == apart.train.y.tolist() + apart.test.y.tolist()
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_mnist_normalized_pixel_by_pixel(tmp_path, pool):
+    """By the training set's own numbers; what never changes becomes zero, not NaN."""
+    data = mnist(str(small_mnist(tmp_path, 40, 20)), pool=pool, normalize="pixels")
+    still, moving = data.train.x[:, 0, :14], data.train.x[:, 0, 14:]
+    assert not still.any()
+    torch.testing.assert_close(moving.mean(0), torch.zeros(14, 28), rtol=0, atol=1e-5)
+    spread = moving.std(0, correction=0)
+    torch.testing.assert_close(spread, torch.ones(14, 28), rtol=0, atol=1e-4)
+    if not pool:
+        assert float(data.test.x[:, 0, 14:].mean(0).abs().max()) > 0.1
+
+
+def test_the_clients_own_test_samples_are_the_test_set(tmp_path, run):
+    root = small_mnist(tmp_path, 90, 30)
+    given = ("data=mnist", f"data.root={root}", "data.pool=true", "client_test=0.25")
+    result = run(*given, "model=linear", "clients=6", "rounds=2", quick=QUICK_HERE)
+    with open(result.path / "clients.csv", newline="") as file:
+        last = [r for r in csv.DictReader(file) if r["round"] == "3"]
+    assert len(last) == 6 and {r["split"] for r in last} == {"test"}
+    # 20 samples each, 15 and 5: equal parts, so that the pooled accuracy is the mean.
+    mean = np.mean([float(r["accuracy"]) for r in last])
+    assert result.summary["accuracy"] == pytest.approx(mean, abs=1e-6)
+
+
+QUICK_HERE = (
+    *("partition=iid", "clients_per_round=3", "local.epochs=1", "device=cpu"),
+    *("nodes=2", "processes=0"),
+)
 
 
 def test_damaged_mnist_is_told(tmp_path):

@@ -27,7 +27,7 @@ CLIENT_LR = (
     "optimizer=tuned_sgd",
 )
 ALGORITHMS = (
-    *("fedavg", "feddyn", "scaffold", "fedprox"),
+    *("fedavg", "feddyn", "scaffold", "fedprox", "fedsophia", "done"),
     *("fedopt", "fedopt_hyper", "learned_weights"),
 )
 
@@ -93,7 +93,7 @@ def test_double_precision_agrees_much_closer(run: Door) -> None:
     torch.testing.assert_close(one.theta, each.theta, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("strategy", ["feddyn", "scaffold"])
+@pytest.mark.parametrize("strategy", ["feddyn", "scaffold", "fedsophia"])
 def test_worker_processes_give_the_same_bits(run: Door, strategy: str) -> None:
     given = (f"strategy={strategy}", "nodes=3", "holdout_clients=2")
     equal(run(*given), run(*given, "processes=2"))
@@ -397,6 +397,7 @@ def die(after: int) -> Callable[[Mapping[str, Any]], tuple[bool, dict[str, float
         (*CLIENT_LR, "strategy.momentum=0.5", "strategy.optimizer=adam"),
         ("strategy=fedopt_hyper", "strategy.independent=true"),
         ("strategy=learned_weights", "clients_per_round=5"),
+        ("strategy=fedsophia", "optimizer.tau=3", "strategy.average_moments=true"),
     ],
     ids=" ".join,
 )
@@ -601,6 +602,7 @@ def test_the_composed_settings_are_kept(run: Door) -> None:
         (("strategy=scaffold",), 1, 1),
         (("strategy=fedprox",), 1, 0),
         (("strategy=fedopt",), 1, 0),
+        (("strategy=fedsophia",), 1, 0),
     ],
     ids=lambda v: v[0] if isinstance(v, tuple) else "",
 )

@@ -17,10 +17,12 @@ from app.compose import names
 from app.config import load
 from app.errors import UserError
 from app.experiment import run_local
+from app.measure import measure
 from app.plan import plan, read, studies
 from app.records import read_summary
 from app.results import DOCS, page, publish, summarize
 from app.synthetic import QUADRATICS_A, QUADRATICS_B
+from app.tables import Run
 from app.verdict import Rule, judge
 
 #: A run of a preset in a second: one round, few clients, in this process.
@@ -314,6 +316,44 @@ def test_a_published_verdict_follows_from_its_numbers(file):
     told = judge(rule, kept["variants"], kept["seeds"], kept["metric"])
     assert told == kept["verdict"]
     assert file.with_suffix(".png").stat().st_size < 150_000
+
+
+def test_what_a_target_cost_stands_beside_its_round(tmp_path):
+    records = [
+        {
+            "round": r,
+            "accuracy": 0.2 * r,
+            "bytes": {"down": {"model": 10}, "up": {"model": 5}},
+            "seconds": {"round": 2.0},
+        }
+        for r in (1, 2, 3, 4)
+    ]
+    run = Run(tmp_path, {}, records, None)
+    told = measure(run, "accuracy", [0.5, 0.9])
+    assert told["rounds_to"] == {"0.5": 3, "0.9": None}
+    assert told["spent_to"] == {"0.5": {"bytes": 45, "seconds": 6}, "0.9": None}
+    table = {"avg": {"0": told, "1": told}}
+    (head, line) = results.cells(table, "accuracy", [0.5, 0.9], 0.5)
+    cells = dict(zip(head, line, strict=True))
+    assert cells["MB to ≥ 0.5"] == "4.5e-05 ± 0" and cells["s to ≥ 0.5"] == "6 ± 0"
+    (head, line) = results.cells(table, "accuracy", [0.5, 0.9], 0.9)
+    assert dict(zip(head, line, strict=True))["MB to ≥ 0.9"] == "- (0/2)"
+    del told["spent_to"]  # as results published before
+    assert not any(h.startswith("MB to") for h in results.cells(table, "x", [], 0.5)[0])
+
+
+def test_others_numbers_stand_below_ours():
+    given = {
+        "targets": [0.8, 0.9],
+        "reference": {
+            "source": "their paper says",
+            "rounds_to": {"avg": {"0.80": 33, "0.9": None}, "dyn": {"0.8": 4.5}},
+        },
+    }
+    text = results.reference(given)
+    assert "For comparison, their paper says:" in text
+    assert "| avg | 33 | - |" in text and "| dyn | 4.5 | - |" in text
+    assert results.reference({"targets": [0.8]}) == ""
 
 
 def test_publishing_keeps_the_numbers_and_makes_the_page(small, tmp_path):
