@@ -16,7 +16,7 @@ from app import relay_node
 from app.node import Node, evaluate, received, remembered, respond, train_all
 from strategies.algorithm import Client, Vectors
 from strategies.fad_wire import pack_answer
-from strategies.local import Mean
+from strategies.mean import Mean
 from strategies.wire import pack, unpack
 
 app = ClientApp()

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from strategies.acceptance import Accepted, Round, add_bytes, replies_of
 from strategies.algorithm import Algorithm, Cohort, Vectors, sizes
-from strategies.local import Mean
+from strategies.mean import Mean
 from strategies.randomness import generator
 from strategies.roster import Roster
 from strategies.wire import pack, unpack, weigh

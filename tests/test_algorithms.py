@@ -27,7 +27,7 @@ from strategies.fedopt_hyper import FedOptHyper
 from strategies.fedprox import FedProx
 from strategies.fedsophia import FedSophia
 from strategies.learned_weights import LearnedWeights
-from strategies.local import Mean
+from strategies.mean import Mean
 from strategies.scaffold import Scaffold
 from strategies.sgd import SGD
 

@@ -17,7 +17,8 @@ from strategies.fedopt_hyper import FedOptHyper
 from strategies.fedprox import FedProx
 from strategies.fedsophia import FedSophia, Sophia
 from strategies.learned_weights import LearnedWeights
-from strategies.local import Job, Local, Mean, Part, Trained, Trainer, orders
+from strategies.local import Job, Local, Part, Trained, Trainer, orders
+from strategies.mean import Mean
 from strategies.objective import Batch, Objective
 from strategies.optimizer import Optimizer
 from strategies.randomness import address, permutations, uniforms, words
