@@ -60,6 +60,7 @@ def measure(run: Run, metric: str, targets: Sequence[float]) -> dict[str, Any]:
     return numbers | {
         "reported_model": summary.get("reported_model"),
         "bytes": int(sum(traffic(record) for record in run.rounds)),
+        **{f"bytes_{side}": _sent(run, side) for side in ("down", "up")},
         "gradients": int(cumulative(run.rounds, "gradients")[-1]),
         "seconds": round(float(cumulative(run.rounds, "seconds")[-1]), 1),
         "failures": summary.get("failures", 0),
@@ -75,6 +76,12 @@ def spent(run: Run, until: int | None) -> dict[str, float] | None:
         axis: round(float(cumulative(run.rounds, axis)[places[0]]), 1)
         for axis in ("bytes", "seconds")
     }
+
+
+def _sent(run: Run, side: str) -> int:
+    """Return the bytes of model and state in one direction."""
+    sent = [lookup(record, f"bytes/{side}") or {} for record in run.rounds]
+    return int(sum(s.get("model", 0) + s.get("state", 0) for s in sent))
 
 
 def minimizer() -> np.ndarray:

@@ -68,21 +68,29 @@ class Reference(Model):
 
 
 class Study(Model):
-    """The section ``study`` of a preset; docs/studies.md explains each key."""
+    """The section ``study`` of a preset; docs/studies.md explains each key.
+
+    ``drawn`` names further metrics of the records, each with a figure of its own, ``baseline`` the
+    variant to which the table of costs is relative.
+    """
 
     claim: str
     fairness: str
     variants: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], list[str]]
     metric: str
     verdict: Rule
+    drawn: tuple[str, ...] = ()
+    baseline: str | None = None
     sizes: dict[str, Size]
     reference: Reference | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        unknown = {*self.verdict.lead, *self.verdict.rivals} - self.variants.keys()
+        named = {*self.verdict.lead, *self.verdict.rivals}
+        named |= {self.baseline} if self.baseline else set()
+        unknown = named - self.variants.keys()
         if unknown:
-            raise ValueError(f"verdict: no variants are called {sorted(unknown)}")
+            raise ValueError(f"no variants are called {sorted(unknown)}")
         known = self.reference.rounds_to if self.reference else {}
         if unknown := known.keys() - self.variants.keys():
             raise ValueError(f"reference: no variants are called {sorted(unknown)}")

@@ -21,7 +21,7 @@ from app.config import load
 from app.errors import UserError
 from app.measure import EXCESS, measure, with_excess
 from app.plan import Plan, settings
-from app.records import read_summary, write_atomic
+from app.records import read_summary, series, write_atomic
 from app.resume import describe
 from app.tables import Spread, markdown
 from app.verdict import DISTANCE, Rule, Table, better, judge
@@ -64,6 +64,8 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
         "size": plan.size,
         "metric": study.metric,
         "targets": plan.targets,
+        "drawn": list(study.drawn),
+        "baseline": study.baseline,
         "rule": study.verdict.model_dump(exclude_none=True),
         "overrides": list(plan.extra),
         "seeds": seeds,
@@ -84,6 +86,12 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
     # Less one standard deviation may be below zero, which a log axis cannot show.
     band = "range" if study.metric == DISTANCE else "std"
     plots.curves(drawn, metric, "rounds", plan.folder / "study.png", band=band)
+    for name in study.drawn:
+        groups = {
+            v: [r for r in of if series(r, name)[1].size] for v, of in drawn.items()
+        }
+        groups = {v: of for v, of in groups.items() if of}
+        plots.curves(groups, name, "rounds", further(plan.folder / "study.png", name))
     text = f"# {plan.name}\n\n{body(result, 'study.png')}"
     write_atomic(plan.folder / "study.md", text)
     return result
@@ -108,14 +116,38 @@ def publish(result: dict[str, Any], folder: Path, docs: Path = DOCS) -> None:
     (docs / "results").mkdir(exist_ok=True)
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     write_atomic(docs / "results" / f"{result['study']}.json", text)
-    write_atomic(docs / "results" / f"{result['study']}.png", _small(folder))
+    figure, target = folder / "study.png", docs / "results" / f"{result['study']}.png"
+    write_atomic(target, _small(figure))
+    for name in result["drawn"]:
+        write_atomic(further(target, name), _small(further(figure, name)))
     write_page(docs)
 
 
-def _small(folder: Path) -> bytes:
-    """Return the figure with a palette of 256 colors: a third of its size."""
+def further(figure: Path, metric: str) -> Path:
+    """Return where the figure of another metric lies, beside a study's own."""
+    return figure.with_stem(f"{figure.stem}-{metric.replace('/', '-')}")
+
+
+def costs(table: Table, baseline: str) -> list[list[str]]:
+    """Return what each variant costs relative to one of them, its header first."""
+    keys = ("rounds", "bytes_down", "bytes_up", "gradients")
+    lines = [
+        [f"relative to {baseline}", "rounds", "bytes down", "bytes up", "gradients"]
+    ]
+    for name, seeds in table.items():
+        common = [s for s in seeds if s in table[baseline]]
+        ratios = [
+            Spread.of(seeds[s][key] / table[baseline][s][key] for s in common)
+            for key in keys
+        ]
+        lines.append([name, *(r.text(".3f") for r in ratios)])
+    return lines
+
+
+def _small(path: Path) -> bytes:
+    """Return a figure with a palette of 256 colors: a third of its size."""
     image = io.BytesIO()
-    with Image.open(folder / "study.png") as figure:
+    with Image.open(path) as figure:
         # By coverage of the color cube: the usual median cut loses rare line colors.
         palette = figure.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
         palette.save(image, "PNG", optimize=True)
@@ -206,6 +238,12 @@ def body(result: Mapping[str, Any], figure: str) -> str:
     notes = "".join(f"\n{line}\n" for line in models(table, targets))
     verdict = judge(Rule(**result["rule"]), table, result["seeds"], metric)
     focus = result["rule"].get("target")
+    if result.get("baseline"):
+        notes += f"\n{markdown(costs(table, result['baseline']))}"
+    more = "".join(
+        f"![{result['study']}: {name}]({further(Path(figure), name).as_posix()})\n\n"
+        for name in result.get("drawn", [])
+    )
     machine, versions = result["machine"], result["versions"]
     with_ = ", ".join(f"{name} {v}" for name, v in versions.items() if v)
     given = " ".join(result["overrides"])
@@ -218,7 +256,7 @@ def body(result: Mapping[str, Any], figure: str) -> str:
         f"Verdict: {verdict['text']}\n\n"
         f"{markdown(cells(table, metric, targets, focus))}{notes}"
         f"{reference(result)}\n"
-        f"![{result['study']}]({figure})\n\n"
+        f"![{result['study']}]({figure})\n\n{more}"
         f"Fairness: {result['fairness']}\n\n"
         f"Run: size {result['size']}, {many}, "
         f"{' or '.join(map(str, rounds)) or 'no'} rounds; {result['minutes']:.1f} "

@@ -26,10 +26,11 @@ class Rule(Model):
 
     Attributes
     ----------
-    rule : {"rounds", "final", "limit"}
+    rule : {"rounds", "final", "paired", "limit"}
         ``rounds``: the lead reaches ``target`` in fewer rounds; a rival that never
         reaches it is behind a lead that does. ``final``: the lead ends at a better
-        value; NaN is behind everything. ``limit``: leads end at ``within`` or less,
+        value; NaN is behind everything. ``paired``: the same, but each lead is held against
+        the rival in its own place alone. ``limit``: leads end at ``within`` or less,
         rivals at ``beyond`` or more.
     lead, rivals : list of str
         Variants.
@@ -37,7 +38,7 @@ class Rule(Model):
         What the rule needs.
     """
 
-    rule: Literal["rounds", "final", "limit"]
+    rule: Literal["rounds", "final", "paired", "limit"]
     lead: list[str]
     rivals: list[str]
     target: float | None = None
@@ -46,12 +47,15 @@ class Rule(Model):
 
     @model_validator(mode="after")
     def _needs(self) -> Self:
-        needed = {"rounds": {"target"}, "final": set(), "limit": {"within", "beyond"}}
+        needed = {"rounds": {"target"}, "limit": {"within", "beyond"}}
         optional = {"target": self.target, "within": self.within, "beyond": self.beyond}
         given = {key for key, value in optional.items() if value is not None}
-        if given != needed[self.rule] or not self.lead or not self.rivals:
-            words = ", ".join(["lead", "rivals", *sorted(needed[self.rule])])
+        wanted = needed.get(self.rule, set())
+        if given != wanted or not self.lead or not self.rivals:
+            words = ", ".join(["lead", "rivals", *sorted(wanted)])
             raise ValueError(f"rule {self.rule} takes exactly {words}")
+        if self.rule == "paired" and len(self.lead) != len(self.rivals):
+            raise ValueError("rule paired takes as many rivals as leads")
         return self
 
 
@@ -105,7 +109,10 @@ def _ahead(rule: Rule, table: Table, seed: str, metric: str) -> bool:
         worst = math.inf if better(metric) else -math.inf
         return worst if numbers["final"] is None else float(numbers["final"])
 
-    leads, rivals = map(value, rule.lead), list(map(value, rule.rivals))
+    leads, rivals = list(map(value, rule.lead)), list(map(value, rule.rivals))
+    if rule.rule == "paired":
+        sign = -1 if better(metric) else 1
+        return all(sign * a > sign * b for a, b in zip(leads, rivals, strict=True))
     if rule.rule == "limit":
         assert rule.within is not None and rule.beyond is not None
         return max(leads) <= rule.within and min(rivals) >= rule.beyond
@@ -117,7 +124,10 @@ def _ahead(rule: Rule, table: Table, seed: str, metric: str) -> bool:
 def _evidence(rule: Rule, table: Table, seeds: Sequence[str], metric: str) -> str:
     """Return the numbers that the verdict rests on, in words."""
     parts = []
-    for name in (*rule.lead, *rule.rivals):
+    names = [*rule.lead, *rule.rivals]
+    if rule.rule == "paired":
+        names = [n for pair in zip(rule.lead, rule.rivals, strict=True) for n in pair]
+    for name in names:
         runs = [table[name][s] for s in seeds]
         if rule.rule == "rounds":
             spread = Spread.of(r["rounds_to"][f"{rule.target:g}"] for r in runs)
@@ -132,4 +142,8 @@ def _evidence(rule: Rule, table: Table, seeds: Sequence[str], metric: str) -> st
         name, _, number = first.partition(" ")
         head = f"{name} reaches {metric} {rule.target:g} {number}"
         return ", ".join([head, *rest])
+    if rule.rule == "paired":
+        parts = [
+            f"{a} against {b}" for a, b in zip(parts[::2], parts[1::2], strict=True)
+        ]
     return f"final {metric}: {', '.join(parts)}"

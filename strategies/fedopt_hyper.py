@@ -56,7 +56,7 @@ class FedOptHyper(FedOpt):
         Whether differences and gradients come from different clients.
     """
 
-    hyper_lr: Annotated[float, Gt(0)] = 0.1
+    hyper_lr: Annotated[float, Gt(0)] = 0.3
     normalized: bool = True
     client_lr: bool = False
     independent: bool = False

@@ -266,6 +266,30 @@ def test_a_better_end(metric, lead, rival, holds):
     assert told["holds"] is holds
 
 
+def test_each_lead_has_its_own_rival():
+    def told(**final):
+        runs = {n: {"0": numbers(final=v)} for n, v in final.items()}
+        rule = Rule(rule="paired", lead=["a", "b"], rivals=["c", "d"])
+        return judge(rule, runs, [0], "accuracy")
+
+    # a is behind d, which is not its rival.
+    held = told(a=0.5, b=0.9, c=0.4, d=0.8)
+    assert held["holds"] and "a 0.5 against c 0.4, b 0.9 against d 0.8" in held["text"]
+    assert not told(a=0.5, b=0.7, c=0.4, d=0.8)["holds"]
+    assert not told(a=0.5, b=0.8, c=0.4, d=0.8)["holds"]
+    with pytest.raises(ValueError, match="as many rivals as leads"):
+        Rule(rule="paired", lead=["a", "b"], rivals=["c"])
+
+
+def test_costs_are_relative_to_the_baseline():
+    kept = {"rounds": 10, "bytes_down": 50, "bytes_up": 40, "gradients": 8}
+    more = {**kept, "bytes_up": 80, "gradients": 6}
+    lines = results.costs({"avg": {"0": kept}, "dyn": {"0": more}}, "avg")
+    assert lines[0][0] == "relative to avg"
+    assert lines[1][1:] == ["1.000"] * 4
+    assert lines[2][1:] == ["1.000", "1.000", "2.000", "0.750"]
+
+
 @pytest.mark.parametrize(
     ("lead", "rival", "holds"),
     [(1e-9, 0.1, True), (1e-3, 0.1, False), (1e-9, 1e-5, False)],
