@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import statistics
@@ -103,13 +104,33 @@ def _stock(workload: str, rounds: int, _: str) -> dict[str, Any]:
         return found
 
 
+def _pfl(workload: str, rounds: int, _: str) -> dict[str, Any]:
+    """Run pfl in two processes."""
+    if importlib.util.find_spec("pfl") is None:
+        raise UserError("pfl is not installed; pip install 'pfl[pytorch]' brings it")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(ROOT / "bench" / "pfl_app.py"), workload]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PFL_PYTORCH_DEVICE": "cpu"}
+    done = subprocess.run(
+        [*command, str(rounds)], env=quiet, capture_output=True, text=True
+    )
+    lines = [x for x in done.stdout.splitlines() if x.startswith('{"')]
+    if not lines:
+        raise UserError(f"pfl failed: {done.stderr[-800:]}")
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
 CONTENDERS: dict[str, tuple[Callable[[str, int, str], dict[str, Any]], str]] = {
     "local": (_ours, "local"),
     "flower": (_ours, "flower"),
     "bare-loop": (_bare, "loop"),
     "bare-vmap": (_bare, "vmap"),
     "stock": (_stock, ""),
+    "pfl": (_pfl, ""),
 }
+#: Those that need nothing beyond what a run needs.
+USUAL = [name for name in CONTENDERS if name != "pfl"]
 
 
 def measure(who: str, workload: str, rounds: int) -> dict[str, Any]:
@@ -190,7 +211,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./run.sh bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
-    parser.add_argument("--who", default=",".join(CONTENDERS))
+    parser.add_argument("--who", default=",".join(USUAL))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))

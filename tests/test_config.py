@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -365,3 +366,19 @@ def test_a_mistake_in_a_sweep_has_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
     assert "error: MNIST cannot be read from data.root=nowhere" in done.stderr
     assert "2 failed" in done.stdout and "Exception" not in done.stdout
+
+
+def test_a_sweep_by_joblib_runs_its_jobs_side_by_side(tmp_path: Path) -> None:
+    swept = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"]
+    words = ["-m", *QUICK, "rounds=1", *swept, f"output_dir={tmp_path}"]
+    command = [sys.executable, "-m", "app.experiment", *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = tmp_path.iterdir()
+    runs = sorted(p for p in folder.iterdir() if (p / "summary.json").exists())
+    found = [json.loads((p / "summary.json").read_text()) for p in runs]
+    assert sorted(summary["seed"] for summary in found) == [0, 1]
+    assert {summary["status"] for summary in found} == {"finished"}
+    assert (folder / "summary.md").exists()
