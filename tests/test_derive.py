@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ from strategies.objective import Objective
 from strategies.roster import Roster
 from strategies.wire import Refused
 
+ROOT = Path(__file__).resolve().parent.parent
 GIVEN = (*QUICK, "dtype=float64", "program=two_rounds", "clients_per_round=4")
 
 
@@ -81,6 +84,18 @@ def test_the_printed_gradient_is_the_centralized_one(
     )
     assert any(n.startswith("3 exchanges, 3 more for derivatives") for n in lines)
     assert any("single client" in n for n in lines) == (nodes == 6)
+
+
+def test_the_page_tells_the_truth() -> None:
+    """The code and the numbers of docs/derivatives.md are the program's own."""
+    page = (ROOT / "docs" / "derivatives.md").read_text()
+    code = inspect.getsource(two_rounds).partition("@register")[2].strip()
+    assert code in page
+    words = page.partition("python -m app.experiment ")[2].partition("\n\n")[0]
+    given = tuple(words.replace("\\", " ").split())
+    assert "program=two_rounds" in given
+    told = printed(page.partition("Both print")[2])
+    assert told == pytest.approx(centralized(given), abs=1e-10)
 
 
 def test_the_command_line_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
