@@ -31,8 +31,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from app.config import load
 from app.environment import environment
 from app.errors import UserError, nearest
+from app.host import setting
 from app.records import read_rounds, read_summary, write_atomic
 from bench.own_flower import marked, own_flower
 from bench.workloads import ALL, WORKLOADS
@@ -40,12 +42,14 @@ from bench.workloads import ALL, WORKLOADS
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _ours(workload: str, rounds: int, runtime: str) -> dict[str, Any]:
-    """Run fedgrad and read its own record."""
+def _ours(workload: str, rounds: int, how: str) -> dict[str, Any]:
+    """Run fedgrad and read its own record; ``how`` is a runtime and an engine."""
     from app.experiment import run_flower, run_local
 
     with tempfile.TemporaryDirectory() as folder:
+        runtime, engine = how.split()
         given = [f"rounds={rounds}", f"output_dir={folder}", "name=run", "nodes=2"]
+        given.append(f"engine={engine}")
         overrides = [*ALL[workload].overrides, *given]
         stamps: list[float] = []
 
@@ -84,8 +88,6 @@ def _bare(workload: str, rounds: int, how: str) -> dict[str, Any]:
 
 def _stock(workload: str, rounds: int, _: str) -> dict[str, Any]:
     """Run stock Flower by `flwr run`, with a node for each client."""
-    from app.config import load
-
     clients = load(ALL[workload].overrides).clients
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
@@ -122,15 +124,17 @@ def _pfl(workload: str, rounds: int, _: str) -> dict[str, Any]:
 
 
 CONTENDERS: dict[str, tuple[Callable[[str, int, str], dict[str, Any]], str]] = {
-    "local": (_ours, "local"),
-    "flower": (_ours, "flower"),
+    "local": (_ours, "local auto"),
+    "flower": (_ours, "flower auto"),
     "bare-loop": (_bare, "loop"),
     "bare-vmap": (_bare, "vmap"),
     "stock": (_stock, ""),
+    "local-loop": (_ours, "local loop"),
+    "local-vmap": (_ours, "local vmap"),
     "pfl": (_pfl, ""),
 }
-#: Those that need nothing beyond what a run needs.
-USUAL = [name for name in CONTENDERS if name != "pfl"]
+#: Those that are asked by default; pfl needs more than a run needs.
+USUAL = list(CONTENDERS)[:5]
 
 
 def measure(who: str, workload: str, rounds: int) -> dict[str, Any]:
@@ -169,7 +173,14 @@ def resident(processes: list[int]) -> float:
 def one(who: str, workload: str, rounds: int) -> None:
     """Be a contender: print what it measured as one JSON line."""
     function, argument = CONTENDERS[who]
-    print(json.dumps(function(workload, rounds, argument)), flush=True)
+    found = function(workload, rounds, argument)
+    config, here = (
+        load(ALL[workload].overrides),
+        setting(tuple(ALL[workload].overrides)),
+    )
+    share = config.clients_per_round / config.clients
+    samples = config.local.epochs * share * len(here.dataset.train.y)
+    print(json.dumps({**found, "samples": samples}), flush=True)
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -180,6 +191,7 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "least": min(rounds),
         "most": max(rounds),
         "accuracy": statistics.mean(run["accuracy"] for run in runs),
+        "samples_per_second": runs[0]["samples"] / statistics.median(rounds),
         "peak_mb": statistics.median(run["peak_mb"] for run in runs),
         "repeats": len(runs),
     }
@@ -192,14 +204,16 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
     """Return the results as a table; ratios are against the better of the two bare ones."""
     shown = Table(
-        "workload", "who", "s/round", "min..max", "share of limit", "MB", "accuracy"
+        *("workload", "who", "s/round", "min..max", "samples/s"),
+        *("share of limit", "MB", "accuracy"),
     )
     for workload, found in results.items():
         bare = [found[n]["seconds"] for n in ("bare-loop", "bare-vmap") if n in found]
         for who, numbers in found.items():
             share = f"{min(bare) / numbers['seconds']:.2f}" if bare else ""
             spread = f"{numbers['least']:.4f}..{numbers['most']:.4f}"
-            cells = [workload, who, f"{numbers['seconds']:.4f}", spread, share]
+            cells = [workload, who, f"{numbers['seconds']:.4f}", spread]
+            cells += [f"{numbers['samples_per_second']:,.0f}", share]
             shown.add_row(
                 *cells, f"{numbers['peak_mb']:.0f}", f"{numbers['accuracy']:.4f}"
             )

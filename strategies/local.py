@@ -124,14 +124,17 @@ class Trainer:
 
     def begin(self, down: Mapping[str, Tensor], job: Job) -> tuple[Vectors, Vectors]:
         """Return the state before the first local step: the algorithm's, the optimizer's."""
-        optimizer, sent = self.optimizer, self.algorithm.needs
-        down = {**down, **job.own}
-        own = {n: v for n, v in job.memory.items() if n not in optimizer.kept}
-        kept = {n: v for n, v in job.memory.items() if n in optimizer.kept}
-        kept |= {n: down[n] for n in sent if n in down}
+        names, sent = self.optimizer.kept, self.algorithm.needs
+        down = {**down, **job.own} if job.own else down
+        own: Vectors = job.memory
+        kept: Vectors = {}
+        if names or sent:
+            own = {n: v for n, v in job.memory.items() if n not in names}
+            kept = {n: v for n, v in job.memory.items() if n in names}
+            kept |= {n: down[n] for n in sent if n in down}
         return (
             self.algorithm.begin(down, own, job.client),
-            optimizer.init(down["theta"], kept),
+            self.optimizer.init(down["theta"], kept),
         )
 
     def finish(

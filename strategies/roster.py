@@ -56,6 +56,7 @@ class Roster:
         self.faults: dict[int, str] = {}
         self._claims: dict[int, dict[int, int]] = {}
         self._free: set[int] = set()
+        self._clients: dict[int, Client] = {}
         self._pending: dict[str, int] = {}
 
     def call(self, grid: Grid) -> None:
@@ -152,7 +153,11 @@ class Roster:
 
     def client(self, k: int) -> Client:
         """Return the facts about client k."""
-        return Client(k, self.samples[k], self.samples[k] / self.mean_samples)
+        known = self._clients.get(k)
+        if known is None or known.samples != self.samples[k]:
+            share = self.samples[k] / self.mean_samples
+            known = self._clients[k] = Client(k, self.samples[k], share)
+        return known
 
     def draw(self, server_round: int, size: int) -> list[int]:
         """Return the cohort of a round, sorted.

@@ -27,11 +27,12 @@ def test_every_workload_composes(workload: Workload) -> None:
 
 def test_a_figure_is_a_median_of_medians() -> None:
     def run(*seconds: float) -> dict[str, Any]:
-        return {"seconds": list(seconds), "accuracy": 0.5, "peak_mb": 100.0}
+        same = {"samples": 60.0, "accuracy": 0.5, "peak_mb": 100.0}
+        return {"seconds": list(seconds), **same}
 
     found = bench.summarize([run(9, 1, 2, 3), run(9, 4, 4, 4), run(9, 3, 3, 3)])
     assert (found["seconds"], found["least"], found["most"]) == (3, 2, 4)
-    assert found["repeats"] == 3
+    assert (found["repeats"], found["samples_per_second"]) == (3, 20)
 
 
 def test_our_own_run_is_read_from_its_record(
