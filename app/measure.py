@@ -121,3 +121,9 @@ def with_excess(records: Sequence[Numbers]) -> list[dict[str, Any]]:
         else dict(r)
         for r in records
     ]
+
+
+def last_value(run: Run, metric: str) -> float | None:
+    """Return a metric's value in the last record that has one, None if none has."""
+    _, values = series(run.rounds, metric)
+    return float(values[-1]) if len(values) and np.isfinite(values[-1]) else None

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -78,6 +78,8 @@ class Study(Model):
     fairness: str
     variants: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], list[str]]
     metric: str
+    also: tuple[str, ...] = ()
+    x: Literal["rounds", "bytes", "links"] = "rounds"
     verdict: Rule
     drawn: tuple[str, ...] = ()
     baseline: str | None = None

@@ -20,6 +20,7 @@ from app.records import Floats, Records, cumulative, lookup, series, traffic
 AXES = {
     "rounds": ("communication round", 1.0),
     "bytes": ("traffic, down and up (MB)", 1e-6),
+    "links": ("traffic over the network's links (MB)", 1e-6),
     "seconds": ("wall time (s)", 1.0),
     "gradients": ("gradient evaluations, all clients", 1.0),
 }

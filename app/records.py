@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 ROUNDS = "metrics.jsonl"
 SUMMARY = "summary.json"
-AXES = ("rounds", "bytes", "seconds", "gradients")
+AXES = ("rounds", "bytes", "links", "seconds", "gradients")
 
 
 def read_rounds(path: Path) -> list[dict[str, Any]]:
@@ -124,8 +124,9 @@ def cumulative(records: Records, axis: str) -> Floats:
     records : sequence of dict
         Round records in order.
     axis : str
-        ``rounds`` (the round number), ``bytes``, ``seconds`` or ``gradients`` (sums
-        from the first record up to this one, in the recorded unit).
+        ``rounds`` (the round number), ``bytes``, ``links`` (bytes that a network's links
+        would carry), ``seconds`` or ``gradients`` (sums from the first record up to this
+        one, in the recorded unit).
 
     Returns
     -------
@@ -141,6 +142,10 @@ def cumulative(records: Records, axis: str) -> Floats:
         return np.array([record["round"] for record in records], dtype=float)
     if axis == "bytes":
         spent = [traffic(record) for record in records]
+    elif axis == "links":
+        spent = [
+            float(lookup(record, "strategy/link_bytes") or 0) for record in records
+        ]
     elif axis == "seconds":
         spent = [float(lookup(record, "seconds/round") or 0) for record in records]
     elif axis == "gradients":

@@ -19,7 +19,7 @@ from app import plots, report
 from app.compose import CONF
 from app.config import load
 from app.errors import UserError
-from app.measure import EXCESS, measure, with_excess
+from app.measure import EXCESS, last_value, measure, with_excess
 from app.plan import Plan, settings
 from app.records import read_summary, series, write_atomic
 from app.resume import describe
@@ -46,6 +46,8 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
             continue
         found = report.load([path])[0]
         numbers = measure(found, study.metric, plan.targets)
+        if study.also:
+            numbers["also"] = {name: last_value(found, name) for name in study.also}
         variants.setdefault(job.variant, {})[str(job.seed)] = numbers
         exact = study.metric == DISTANCE
         records = with_excess(found.rounds) if exact else found.rounds
@@ -85,7 +87,7 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
     metric = EXCESS if study.metric == DISTANCE else study.metric
     # Less one standard deviation may be below zero, which a log axis cannot show.
     band = "range" if study.metric == DISTANCE else "std"
-    plots.curves(drawn, metric, "rounds", plan.folder / "study.png", band=band)
+    plots.curves(drawn, metric, study.x, plan.folder / "study.png", band=band)
     for name in study.drawn:
         groups = {
             v: [r for r in of if series(r, name)[1].size] for v, of in drawn.items()
@@ -175,7 +177,9 @@ def cells(
     head += [f"{unit} to {sign} {focus:g}" for unit in ("MB", "s") if told]
     head += [f"final {metric}", *([f"best {metric}"] if metric != DISTANCE else [])]
     # No seconds of whole runs: they share the machine with whatever else it does.
-    lines = [[*head, "MB sent", "gradients"]]
+    first = next(iter(next(iter(table.values())).values()))
+    also = list(first.get("also", {}))
+    lines = [[*head, *(f"final {name}" for name in also), "MB sent", "gradients"]]
     form = ".4f" if metric == "accuracy" else ".3g"
     for name, seeds in table.items():
         runs = list(seeds.values())
@@ -189,6 +193,7 @@ def cells(
             line.append(Spread.of(u.get("seconds") for u in until).text(".3g"))
         for key in ("final", "best")[: 1 if metric == DISTANCE else 2]:
             line.append(Spread.of(r[key] for r in runs).text(form))
+        line += [Spread.of(r["also"][n] for r in runs).text(".3g") for n in also]
         line.append(Spread.of(r["bytes"] / 1e6 for r in runs).text(".3g"))
         line.append(Spread.of(r["gradients"] for r in runs).text(",.0f"))
         lines.append(line)

@@ -10,16 +10,17 @@ import yaml
 from app.compose import PARTS
 from app.config import PLACE, Config
 from app.errors import UserError
-from app.records import read_summary
+from app.records import plain, read_summary
 
 
 def describe(config: Config) -> dict[str, Any]:
     """Return the configuration as plain data, each group as its name and settings."""
-    plain = config.model_dump()
+    described = config.model_dump()
     for kind in PARTS:
-        group = plain[kind]
-        plain[kind] = {"name": group["name"], **group["options"]}
-    return plain
+        group = described[kind]
+        described[kind] = {"name": group["name"], **group["options"]}
+    # As it is written and read back: the keys of faults.crash={3: 10} become words.
+    return dict(plain(described, finite=False))
 
 
 def find_unfinished(config: Config) -> Path:

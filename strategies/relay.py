@@ -248,7 +248,7 @@ class Relay(Strategy):
         for name, state in self.carried.items():
             before = state.total(), state.lost_x.copy(), state.lost_w
             mix(self.links, state, faults.policy)
-            found = audit(before, state, f"round {server_round}: {name}")
+            found = audit(before, state, name)
             if name == "model":
                 self.mass = found
         present = faults.present(server_round - 1, self.network.n)
@@ -327,7 +327,7 @@ class Relay(Strategy):
             "ledger": {str(k): r for k, r in self.ledger.items()},
             "mean_samples": self.roster.mean_samples,
             "run": self.key,
-            "round": self.round.number,
+            "done": self.round.number,
             "lost": {n: s.lost_w for n, s in self.carried.items()},
             "window": [self.window.longest, self.window.length],
         }
@@ -348,7 +348,7 @@ class Relay(Strategy):
         self.ledger = {int(k): r for k, r in rest["ledger"].items()}
         self.roster.mean_samples, self.key = rest["mean_samples"], rest["run"]
         # P(t) is a pure function: what was seen of the network is looked at again.
-        done = int(rest["round"])
+        done = int(rest["done"])
         longest, length = rest["window"]
         faults, n = self.network.faults, self.network.n
         for t in range(max(0, done - self.algorithm.tau), done):
