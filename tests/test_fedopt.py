@@ -415,7 +415,7 @@ def test_label_entropy_arrives(run: Any) -> None:
 
 def test_mistakes_are_told_in_one_line(tmp_path: Any) -> None:
     place = f"output_dir={tmp_path}"
-    with pytest.raises(UserError, match="needs an optimizer that has pace"):
+    with pytest.raises(UserError, match="needs pace and slope in the state"):
         Run(["strategy=fedopt_hyper", "strategy.client_lr=true", place])
     both = ("strategy.client_lr=true", "strategy.independent=true")
     with pytest.raises(UserError, match="choose one"):
