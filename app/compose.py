@@ -30,6 +30,7 @@ PARTS = (
     "partition",
     "model",
     "optimizer",
+    "privacy",
 )
 PRESETS = ("deployment", "experiment")
 GROUPS = (*PARTS, *PRESETS)

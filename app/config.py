@@ -77,6 +77,7 @@ class Config(Model):
     partition: Group
     model: Group
     optimizer: Group
+    privacy: Group
     rounds: Annotated[int, Field(ge=0)]
     clients: Annotated[int, Field(ge=1)]
     clients_per_round: Annotated[int, Field(ge=1)]
@@ -198,6 +199,7 @@ def _check(config: Config) -> None:
         known(config.program)
     _check_optimizer(config)
     check_network(config)
+    bind("privacy", config.privacy)
     bind("data", config.data)
     bind("partition", config.partition, ("labels", "natural", "clients", "seed"))
     bind("model", config.model, ("input_shape", "outputs", "vocabulary"))

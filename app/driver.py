@@ -11,6 +11,7 @@ from strategies.federation import Federation
 from strategies.gossip import Gossip
 from strategies.local import Trainer
 from strategies.network import Network, Window
+from strategies.privacy import Unprotected
 from strategies.relay import Relay
 from strategies.topology import Edges
 
@@ -40,14 +41,27 @@ def strategy(config: Config, local: Trainer) -> Federation | Relay:
         "evaluate_every": config.evaluate_every,
         "evaluate_clients": config.evaluate_clients,
         "work": config.local.steps_of,
-        "metrics": local.optimizer.metrics,
+        "metrics": None if local.privacy.silent else local.optimizer.metrics,
         "min_replies": config.min_replies,
     }
     built = bind("strategy", config.strategy)()
+    if why := _unsound(config, local, len(buffers), isinstance(built, Gossip)):
+        names = config.privacy.name, config.strategy.name
+        raise UserError(f"privacy={names[0]} with strategy={names[1]}: {why}")
     if isinstance(built, Gossip):
         return Relay(built, network(config, built), theta, buffers, **common)
     common |= {"clients": config.clients, "holdout": config.holdout_clients}
+    common["privacy"] = local.privacy
     return Federation(local.algorithm, theta, buffers, **common)
+
+
+def _unsound(config: Config, local: Trainer, buffers: int, gossip: bool) -> str:
+    """Say why the clients would not be protected as the settings promise."""
+    if gossip:
+        plain = isinstance(local.privacy, Unprotected)
+        return "" if plain else "the relay of a network holds every client's own model"
+    evaluated = config.evaluate_clients != "none"
+    return local.privacy.unfit(local.algorithm, buffers, evaluated)
 
 
 def network(config: Config, gossip: Gossip) -> Network:

@@ -180,6 +180,7 @@ def trainer(config: Config, goal: Objective) -> Trainer:
     return Trainer(
         algorithm=solver_of(built),
         optimizer=bind("optimizer", config.optimizer)(),
+        privacy=bind("privacy", config.privacy)(),
         local=config.local,
         objective=goal,
         seed=config.seed,

@@ -195,7 +195,7 @@ def train_all(
     device = node.config.torch_device
     engine = choose(node.config.engine, run.objective, len(jobs), device)
     rows: list[list[float]] = []
-    metrics = list(run.optimizer.metrics)
+    metrics = [] if run.privacy.silent else list(run.optimizer.metrics)
     for trained in _safely(run, down, jobs, round_, engine, faults):
         bad, losses, good = trained.faults(), trained.losses.tolist(), []
         seconds = trained.seconds / len(trained.clients)
@@ -226,6 +226,8 @@ def train_all(
     names = ["trained", *TRAINED, *(f"metrics.{name}" for name in metrics)]
     columns = list(zip(*sorted(rows), strict=True)) or [()] * len(names)
     report: dict[str, Any] = {n: list(c) for n, c in zip(names, columns, strict=True)}
+    if run.privacy.silent:
+        del report["train_loss"]
     report |= {"lost": lost, "engine": int(engine == "vmap")}
     return report, faults
 

@@ -6,7 +6,7 @@ node reports as failed are left out; a refused reply leaves out all that it shou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import WARNING
 from typing import Any
@@ -21,6 +21,8 @@ from strategies.wire import Refused, ids, numbers, reasons, unpack, weigh
 
 #: What a node reports of each trained client, besides the optimizer's own metrics.
 TRAINED = ("samples", "train_loss", "steps", "gradients", "seconds", "probe")
+#: What nodes may keep to themselves.
+PRIVATE = {"train_loss"}
 EVALUATED = ("eval_samples", "eval_held_out", "eval_loss")
 
 
@@ -75,7 +77,7 @@ def accept(
     roster: Roster,
     sizes: Mapping[str, int],
     dtype: torch.dtype,
-    metrics: Sequence[str] = (),
+    metrics: Sequence[str] | None = (),
     each: bool = False,
 ) -> Accepted:
     """Check a reply in every respect.
@@ -95,7 +97,8 @@ def accept(
     dtype : torch.dtype
         The dtype to return.
     metrics : sequence of str
-        Names of the numbers that the local optimizer tells of each training.
+        Names of the numbers that the local optimizer tells of each training; None if nodes
+        keep to themselves what they measure.
     each : bool
         Whether the vectors come for each trained client, not as a mean.
 
@@ -120,13 +123,14 @@ def accept(
         raise Refused(f"answers for clients {sorted([*trained, *faults])}"[:300])
     if evaluated != [k for k in asked[1] if k in set(evaluated)]:
         raise Refused(f"evaluates clients {evaluated}"[:300])
-    columns = {n: numbers(report, n, len(trained)) for n in TRAINED}
+    names = TRAINED if metrics is not None else set(TRAINED) - PRIVATE
+    columns = {n: numbers(report, n, len(trained)) for n in names}
     if columns["samples"] != [roster.samples[k] for k in trained]:
         raise Refused("report: samples differ from the roll call")
     scores = {n: numbers(report, n, len(evaluated)) for n in EVALUATED}
     if "eval_accuracy" in report:
         scores["eval_accuracy"] = numbers(report, "eval_accuracy", len(evaluated))
-    told = {n: numbers(report, f"metrics.{n}", len(trained)) for n in metrics}
+    told = {n: numbers(report, f"metrics.{n}", len(trained)) for n in metrics or ()}
     busy = numbers(report, "busy", 1)[0]
     counts = [*columns["steps"], *columns["gradients"]]
     if busy < 0 or not all(1 <= n < 2**40 for n in counts):
@@ -161,8 +165,9 @@ def replies_of(
     roster: Roster,
     sizes: Mapping[str, int],
     dtype: torch.dtype,
-    metrics: Sequence[str] = (),
+    metrics: Sequence[str] | None = (),
     each: bool = False,
+    excess: Callable[[Vectors], str] = lambda up: "",
 ) -> Iterator[Accepted]:
     """Yield what may be used of a round's replies, and enter it and the faults into the round.
 
@@ -178,6 +183,8 @@ def replies_of(
         From node to whom it was asked to train and to evaluate; answered ones are taken out.
     roster, sizes, dtype, metrics, each
         As for `accept`.
+    excess : callable
+        Says what is wrong with the vectors of a reply that is well formed.
     """
 
     def first(reply: Message) -> list[int]:
@@ -189,6 +196,8 @@ def replies_of(
         mine = asked.pop(node, None)
         try:
             accepted = accept(reply, number, mine, roster, sizes, dtype, metrics, each)
+            if accepted.up and (why := excess(accepted.up)):
+                raise Refused(why)
         except Refused as error:
             log(WARNING, "round %s: node %s refused: %s", number, node, error)
             round_.failed |= dict.fromkeys(mine[0] if mine else [], str(error))
@@ -264,11 +273,12 @@ class Round:
             rows[k] |= {
                 "node": reply.node,
                 "samples": roster.samples[k],
-                "train_loss": reply.columns["train_loss"][i],
                 "steps": int(reply.columns["steps"][i]),
                 "gradients": int(reply.columns["gradients"][i]),
                 "seconds": reply.columns["seconds"][i],
             }
+            if "train_loss" in reply.columns:
+                rows[k]["train_loss"] = reply.columns["train_loss"][i]
             if reply.metrics:
                 rows[k]["metrics"] = {n: v[i] for n, v in reply.metrics.items()}
         for i, k in enumerate(reply.evaluated):

@@ -138,6 +138,7 @@ def loop(
         theta, state = step(trainer, theta, anchor, state, gradient, round_, product)
         losses.append(loss)
         first += drawn.shape[1]
+    theta = trainer.release(theta[None], anchor[None])[0]
     up, memory, told = trainer.finish(theta, anchor, state)
     if buffers.numel():
         up["buffers"] = buffers

@@ -30,6 +30,7 @@ from torch import Tensor
 from strategies.acceptance import Accepted, Round, add_bytes, replies_of
 from strategies.algorithm import Algorithm, Cohort, Vectors, sizes
 from strategies.mean import Mean
+from strategies.privacy import Privacy, Unprotected
 from strategies.randomness import generator
 from strategies.roster import Roster
 from strategies.wire import pack, unpack, weigh
@@ -59,9 +60,12 @@ class Federation(Strategy):
     work : callable
         From a client's samples to the length of its training, by which nodes share the work.
     metrics : sequence of str
-        Names of the numbers that the local optimizer tells of each training.
+        Names of the numbers that the local optimizer tells of each training; None if nodes
+        keep to themselves what they measure.
     min_replies : int
         Clients that must be accepted for a round to count; with fewer the model stays.
+    privacy : Privacy, optional
+        What protects the clients' differences.
     """
 
     def __init__(
@@ -77,8 +81,9 @@ class Federation(Strategy):
         evaluate_every: int = 1,
         evaluate_clients: str = "all",
         work: Callable[[int], int] = int,
-        metrics: Sequence[str] = (),
+        metrics: Sequence[str] | None = (),
         min_replies: int = 0,
+        privacy: Privacy | None = None,
     ) -> None:
         self.algorithm = algorithm
         self.server = algorithm.start(theta)
@@ -90,6 +95,7 @@ class Federation(Strategy):
         self.work = work
         self.metrics = metrics
         self.min_replies = min_replies
+        self.privacy: Privacy = privacy or Unprotected()
         self.ledger: dict[int, int] = {}
         self.probes: dict[int, float] = {}
         self.keep = 0
@@ -189,7 +195,14 @@ class Federation(Strategy):
         expected = {**self._sizes, "buffers": len(self.buffers)}
         dtype = self.server["theta"].dtype
         return replies_of(
-            replies, self.round, self._asked, self.roster, expected, dtype, self.metrics
+            replies,
+            self.round,
+            self._asked,
+            self.roster,
+            expected,
+            dtype,
+            self.metrics,
+            excess=self.privacy.excess,
         )
 
     def _step(
@@ -198,6 +211,7 @@ class Federation(Strategy):
         """Take the server step, unless it would leave the finite numbers."""
         values = mean.value(self.server["theta"].dtype)
         buffers = values.pop("buffers", self.buffers)
+        values = self.privacy.publish(values, len(probes))
         newcomers = sum(k not in self.ledger for k in probes)
         cohort = Cohort(len(probes), self.roster.clients, newcomers, server_round)
         server = self.algorithm.update(self.server, values, cohort)

@@ -20,6 +20,7 @@ from strategies.algorithm import Algorithm, Client, Vectors
 from strategies.curvature import Place
 from strategies.objective import Objective
 from strategies.optimizer import Optimizer
+from strategies.privacy import Privacy, Unprotected
 from strategies.randomness import permutations, uniforms
 
 
@@ -110,6 +111,8 @@ class Trainer:
         Model and loss.
     seed : int
         The run's seed.
+    privacy : Privacy
+        What protects the clients' differences.
     """
 
     algorithm: Algorithm
@@ -117,6 +120,7 @@ class Trainer:
     local: Local
     objective: Objective
     seed: int
+    privacy: Privacy = field(default_factory=Unprotected)
 
     def fresh(self, theta: Tensor) -> Vectors:
         """Return the memory of a client that has not taken part yet."""
@@ -136,6 +140,13 @@ class Trainer:
             self.algorithm.begin(down, own, job.client),
             self.optimizer.init(down["theta"], kept),
         )
+
+    def release(self, theta: Tensor, anchor: Tensor) -> Tensor:
+        """Return clients' models (n, d), from anchors (n, d), as they may be shown."""
+        if isinstance(self.privacy, Unprotected):
+            return theta
+        shown = [self.privacy.release(row) for row in theta - anchor]
+        return anchor + torch.stack(shown)
 
     def finish(
         self, theta: Tensor, anchor: Tensor, state: tuple[Vectors, Vectors]

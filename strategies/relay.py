@@ -72,7 +72,7 @@ class Relay(Strategy):
         evaluate_every: int = 1,
         evaluate_clients: str = "all",
         work: Callable[[int], int] = int,
-        metrics: Sequence[str] = (),
+        metrics: Sequence[str] | None = (),
         min_replies: int = 0,
     ) -> None:
         self.algorithm, self.network = algorithm, network

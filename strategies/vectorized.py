@@ -140,6 +140,7 @@ def vectorized(
     theta = torch.cat([part for part, _ in reversed(done)])
     names = done[0][1]
     moving = {n: torch.cat([state[n] for _, state in reversed(done)]) for n in names}
+    theta = trainer.release(theta, anchor)
     up, memory, told = torch.func.vmap(
         lambda a, origin, *state: trainer.finish(a, origin, state)
     )(theta, anchor, full, moving)
