@@ -72,6 +72,18 @@ def processes(config: Config) -> int:
     return min(config.nodes, os.cpu_count() or 1)
 
 
+def argument(overrides: Sequence[str]) -> str:
+    """Return settings as the value of `flwr run --run-config`, with an absolute output_dir."""
+    folder = Path(load(overrides).output_dir).expanduser().resolve()
+    where = f"output_dir={quote(str(folder))}"
+    text = to_run_config([*overrides, where])["overrides"]
+    # Flower ends a value at the next quote mark, escaped or not, so none is written.
+    quoted = "".join(
+        c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in text
+    )
+    return f'overrides="{quoted}"'
+
+
 def run_flower(
     overrides: Sequence[str],
     say: Say = print,
@@ -98,16 +110,9 @@ def run_flower(
     """
     config = load(overrides)
     setting(tuple(overrides))  # missing data and impossible partitions show here
-    folder = Path(config.output_dir).expanduser().resolve()
-    where = f"output_dir={quote(str(folder))}"
-    text = to_run_config([*overrides, where])["overrides"]
-    # Flower ends a value at the next quote mark, escaped or not, so none is written.
-    quoted = "".join(
-        c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in text
-    )
     flwr = Path(sys.executable).with_name("flwr")
     command = [str(flwr), "run", str(CONF.parent), *([superlink] if superlink else [])]
-    command += ["--stream", "--run-config", f'overrides="{quoted}"']
+    command += ["--stream", "--run-config", argument(overrides)]
     if not superlink:
         gpus = 1.0 / config.nodes if config.torch_device.type == "cuda" else 0.0
         resources = f"num-cpus=1 client-resources-num-gpus={gpus}"

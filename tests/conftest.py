@@ -25,6 +25,24 @@ from app.run import Run
 settings.register_profile("fedgrad", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("fedgrad")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Offer the long forms: `./run.sh test --long`."""
+    parser.addoption(
+        "--long", action="store_true", help="also the tests that take long"
+    )
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Leave out the long forms unless they are asked for."""
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="needs --long"))
+
+
 #: Six clients on the embedded digits, three of them in a round: well under a second.
 QUICK = (
     "partition=iid",

@@ -1,0 +1,144 @@
+"""A job on a real deployment, which tests watch and disturb."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from conftest import Result, found
+
+from app.compose import CONF
+from app.deployment import LINK, Deployment, end_all, marked
+from app.experiment import argument
+from app.records import read_rounds, read_summary
+
+#: Six clients on two nodes, all of them in every round: a lost reply is a repeated round.
+JOB = (
+    "deployment=shared_data",
+    "partition=dirichlet",
+    "model.hidden=[8]",
+    "clients=6",
+    "clients_per_round=6",
+    "min_replies=6",
+    "local.epochs=1",
+    "local.batch=60",
+    "engine=loop",
+    "device=cpu",
+    "nodes=2",
+    "evaluate_clients=none",
+)
+
+
+class Job:
+    """A job by name, submitted to a deployment as often as needed.
+
+    Parameters
+    ----------
+    deployment : Deployment
+        Where.
+    name : str
+        Its name, and that of its run directory.
+    overrides : sequence of str
+        Its settings.
+    """
+
+    def __init__(
+        self, deployment: Deployment, name: str, overrides: Sequence[str]
+    ) -> None:
+        self.deployment = deployment
+        self._again = 0.0
+        runs = deployment.folder / "runs"
+        self.path = runs / name
+        self.overrides = [*overrides, f"output_dir='{runs}'", f"name={name}"]
+
+    def submit(self) -> None:
+        """Hand it to the SuperLink: from its checkpoint if there is one."""
+        resume = []
+        if list((self.path / "checkpoints").glob("*.safetensors")):
+            resume = [f"resume='{self.path}'"]
+        elif self.path.exists():  # it died before the first checkpoint
+            self.path.rename(self.path.with_name(f"{self.path.name}-{time.time_ns()}"))
+        value = argument([*self.overrides, *resume])
+        code, text = self.deployment.flwr(
+            "run", str(CONF.parent), LINK, "--run-config", value
+        )
+        assert code == 0, text
+
+    def rounds(self) -> int:
+        """Return the last round that is done, -1 if it has not begun."""
+        if not (self.path / "metrics.jsonl").exists():
+            return -1
+        records = read_rounds(self.path)
+        return int(records[-1]["round"]) if records else -1
+
+    def until(self, done: Callable[[], bool], patience: float) -> None:
+        """Wait for something, a bounded time."""
+        end = time.monotonic() + patience
+        while not done():
+            self.revive()
+            assert time.monotonic() < end, (self.rounds(), self.told())
+            time.sleep(0.1)
+
+    def until_round(self, round_: int, patience: float = 300) -> None:
+        """Wait until a round is done."""
+        self.until(lambda: self.rounds() >= round_, patience)
+
+    def finish(self, patience: float = 300) -> Result:
+        """Wait for its end and return what it left."""
+        self.until(lambda: read_summary(self.path) is not None, patience)
+        summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
+        return found(self.path, summary)
+
+    def told(self) -> str:
+        """Return the end of the logs."""
+        logs = sorted((self.deployment.folder / "logs").glob("*.log"))
+        return "\n".join(f"== {p.name}\n{p.read_text()[-1500:]}" for p in logs)
+
+    def revive(self) -> None:
+        """Start nodes again that have ended, as systemd would.
+
+        A SuperLink refuses a node that it still believes to be online; the node then ends.
+        """
+        for name, process in list(self.deployment.nodes.items()):
+            if process.poll() is not None and time.monotonic() > self._again:
+                self.deployment.start_node(name)
+                self._again = time.monotonic() + 5
+
+    def kill_app(self) -> None:
+        """Kill the ServerApp."""
+        for pid, command in self.deployment.processes().items():
+            if "flwr-serverapp" in command:
+                os.kill(pid, signal.SIGKILL)
+
+    def kill_link(self) -> None:
+        """Kill the SuperLink and all that it has started, and start it again."""
+        home = f"FLWR_HOME={self.deployment.folder / 'superlink'}"
+        end_all(lambda: marked(home), signal.SIGKILL)
+        assert self.deployment.link is not None
+        self.deployment.link.wait()
+        self.deployment.start_link()
+
+    def kill_node(self, name: str) -> None:
+        """Kill a SuperNode with its ClientApp, and start it again."""
+        self.deployment.kill_node(name)
+        self.deployment.start_node(name)
+
+
+def two_nodes(folder: Path) -> Deployment:
+    """Return a running deployment of two nodes with three clients each."""
+    deployment = Deployment(folder)
+    try:
+        deployment.start_link()
+        for i, clients in enumerate(("0,2,4", "1,3,5"), start=1):
+            deployment.add_node(f"node-{i}", {"clients": clients})
+            deployment.start_node(f"node-{i}")
+        deployment.wait_online(2)
+    except BaseException:
+        deployment.stop()
+        raise
+    return deployment

@@ -1,0 +1,222 @@
+"""A real deployment on loopback: who gets in, what a dead node costs, what is left behind.
+
+One SuperLink with TLS and node authentication and two SuperNodes serve all tests here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Result
+from cryptography import x509
+from jobs import JOB, Job, two_nodes
+
+from app import credentials
+from app.compose import CONF
+from app.config import load
+from app.deploy import hosting, settings
+from app.deployment import MARK, Deployment, free_ports, marked
+from app.errors import UserError
+
+pytestmark = [
+    pytest.mark.flower,
+    pytest.mark.skipif(sys.platform != "linux", reason="finds processes by /proc"),
+    pytest.mark.timeout(900),
+]
+Door = Callable[..., Result]
+
+
+# Credentials.
+
+
+def test_credentials_are_what_they_should_be(tmp_path: Path) -> None:
+    hosts = ["fl.example.org", "10.1.2.3", "::1"]
+    ca = credentials.authority(tmp_path)
+    server, key = credentials.server(tmp_path, hosts)
+    public = credentials.node_key(tmp_path / "node-1")
+    for secret in (tmp_path / "ca.key", key, tmp_path / "node-1"):
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    certificate = x509.load_pem_x509_certificate(server.read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    assert [str(n.value) for n in names.value] == hosts
+    certificate.verify_directly_issued_by(
+        x509.load_pem_x509_certificate(ca.read_bytes())
+    )
+    assert public.read_text().startswith("ecdsa-sha2-nistp384 ")
+    if shutil.which("openssl"):
+        command = ["openssl", "verify", "-x509_strict", "-CAfile", str(ca), str(server)]
+        assert subprocess.run(command, capture_output=True).returncode == 0
+    with pytest.raises(UserError, match="not replaced"):
+        credentials.authority(tmp_path)
+    with pytest.raises(UserError, match="not replaced"):
+        credentials.node_key(tmp_path / "node-1")
+    with pytest.raises(UserError, match="every address"):
+        credentials.server(tmp_path, [])
+
+
+def test_a_deployments_settings_are_those_of_its_nodes() -> None:
+    config = load(settings(["nodes=4"]))
+    assert (config.clients, config.clients_per_round) == (4, 4)
+    assert hosting(config) == [[0], [1], [2], [3]]
+    config = load(settings(["nodes=2", "clients=5", "clients_per_round=2"]))
+    assert hosting(config) == [[0, 2, 4], [1, 3]]
+    config = load(["deployment=own_data", "data.shape=[64]", "data.classes=10"])
+    assert config.data.name == "described" and config.deadline == 600
+    with pytest.raises(UserError, match=r"data\.\w+ has no value"):
+        load(["deployment=own_data"])
+    with pytest.raises(UserError, match="no deployment is called 'own'"):
+        load(["deployment=own"])
+
+
+# Processes.
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Give one deployment to all tests; nothing of it may be left."""
+    made = two_nodes(tmp_path_factory.mktemp("deployment") / "d")
+    try:
+        yield made
+    finally:
+        made.stop()
+    assert made.processes() == {}
+
+
+def refused(deployment: Deployment, name: str, *options: str) -> str:
+    """Start a node that must not get in, and return its log when it says why."""
+    deployment.start_node(name, *options)
+    end = time.monotonic() + 60
+    pattern = r"(?i)error|fail|refus|invalid|denied|unauth|verif|exit"
+    while time.monotonic() < end:
+        text = deployment.log(name).read_text()
+        if re.search(pattern, text.replace("Starting", "")):
+            break
+        time.sleep(0.2)
+    time.sleep(1.0)
+    deployment.kill_node(name)
+    return deployment.log(name).read_text()
+
+
+def test_strangers_stay_outside_and_the_job_is_the_local_one(
+    deployment: Deployment, run: Door, tmp_path: Path
+) -> None:
+    """While a job runs: no registered key, another authority, no encryption."""
+    job = Job(deployment, "knock", [*JOB, "rounds=1", "deadline=120", "attempts=20"])
+    job.submit()
+    members = {n["node-id"] for n in deployment.listed()}
+    assert len(members) == 2
+
+    deployment.add_node("stranger", {"clients": "0-5"}, known=False)
+    told = refused(deployment, "stranger")
+    assert "Failed to activate SuperNode" in told, told
+    named = deployment.log("superlink").read_text()
+    assert "No SuperNode found with the given public key" in named
+
+    other = credentials.authority(tmp_path / "other")
+    deployment.add_node("mistrustful", {"clients": "0-5"})
+    told = refused(deployment, "mistrustful", "--root-certificates", str(other))
+    assert re.search(r"(?i)certificate", told), told
+
+    deployment.add_node("plain", {"clients": "0-5"})
+    told = refused(deployment, "plain", "--insecure")
+    assert told.strip() and "Receiving: train" not in told
+
+    states = {n["node-id"]: n["status"] for n in deployment.listed()}
+    assert all(states[node] == "online" for node in members)
+    assert [s for n, s in states.items() if n not in members and s == "online"] == []
+
+    result = job.finish()
+    nodes = {r["node"] for r in _rows(result.path)}
+    assert nodes == members, "nobody else was heard"
+    truth = run(*JOB, "rounds=1", "processes=0", quick=())
+    assert torch.equal(result.theta, truth.theta)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    import csv
+
+    with (path / "clients.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_plain_http_is_not_answered(deployment: Deployment) -> None:
+    host, port = deployment.address.split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        connection.settimeout(5)
+        try:
+            answer = connection.recv(100)
+        except OSError:
+            answer = b""
+    assert b"200" not in answer
+
+
+def test_kill_9_and_the_model_is_the_undisturbed_one(
+    deployment: Deployment, run: Door
+) -> None:
+    """A node, the ServerApp and the SuperLink, one after another, in one job."""
+    given = [*JOB, "rounds=3", "strategy=scaffold"]
+    job = Job(deployment, "killed", [*given, "deadline=20", "attempts=50"])
+    job.submit()
+    job.until_round(1)
+    job.kill_node("node-1")
+    job.until_round(2)
+    job.kill_app()
+    job.submit()
+    job.until_round(2)
+    job.kill_link()
+    job.submit()
+    result = job.finish()
+    assert [r["round"] for r in result.records] == [0, 1, 2, 3]
+    assert all(r["checks"]["memory_gap"] < 1e-5 for r in result.records[1:])
+    assert torch.equal(result.theta, run(*given, "processes=0", quick=()).theta)
+
+
+def test_interrupted_it_ends_what_it_started(tmp_path: Path) -> None:
+    """Ctrl-C while the command is at work: no process is left, strangers stay alive."""
+    bystander = subprocess.Popen(["sleep", "300"])
+    mine = subprocess.Popen(
+        [sys.executable, "-m", "app.deploy", f"output_dir={tmp_path}", "nodes=1"],
+        cwd=CONF.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert mine.stdout is not None
+        for line in mine.stdout:
+            if line.startswith("node-1"):
+                break
+        (folder,) = tmp_path.glob("deploy-*")
+        assert len(marked(f"{MARK}={folder}")) >= 3
+        os.killpg(mine.pid, signal.SIGINT)
+        text = mine.communicate(timeout=60)[0]
+        assert mine.returncode == 130 and "deployment ended" in text, text
+        assert marked(f"{MARK}={folder}") == {}
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+        if mine.poll() is None:
+            mine.kill()
+        assert mine.stdout is not None
+        mine.stdout.close()
+        mine.wait()
+
+
+def test_free_ports_differ() -> None:
+    ports = free_ports(20)
+    assert len(set(ports)) == 20

@@ -1,0 +1,381 @@
+"""Nothing lost: files that are whole or missing, memories that begin anew, rounds taken again."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Result
+from flwr.app import Message
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app import checkpoint, durable
+from app.config import to_run_config
+from app.errors import UserError
+from app.local_grid import LocalGrid
+from app.run import Run
+from app.store import DirectoryStore, directory_of
+
+Door = Callable[..., Result]
+EACH = ("nodes=6", "clients_per_round=6", "rounds=5", "dtype=float64")
+
+
+# Files.
+
+
+def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(5), "b": torch.arange(3), "empty": torch.zeros(0)}
+    durable.write(tmp_path / "x", tensors, {"z": 1, "a": [1.5, None]})
+    back, header = durable.read(tmp_path / "x")
+    assert list(header) == ["z", "a"] and header == {"z": 1, "a": [1.5, None]}
+    assert back.keys() == {"a", "b"}
+    assert all(torch.equal(back[n], tensors[n]) for n in back)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_any_flipped_bit_or_lost_byte_is_seen(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x"
+        durable.write(file, {"a": torch.arange(6.0)}, {"round": 3}, synced=False)
+        whole = file.read_bytes()
+        if data.draw(st.booleans()):
+            torn = whole[: data.draw(st.integers(0, len(whole) - 1))]
+        else:
+            at = data.draw(st.integers(0, len(whole) - 1))
+            bit = 1 << data.draw(st.integers(0, 7))
+            torn = whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :]
+        file.write_bytes(torn)
+        try:
+            tensors, header = durable.read(file)
+        except durable.Torn:
+            return
+        # A flip in the format's own padding or in the order of its keys changes nothing.
+        assert torch.equal(tensors["a"], torch.arange(6.0)) and header == {"round": 3}
+
+
+def test_a_disk_that_fills_up_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durable.write(tmp_path / "x", {"a": torch.zeros(4)}, {})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        durable.write(tmp_path / "x", {"a": torch.ones(4)}, {})
+    assert torch.equal(durable.read(tmp_path / "x")[0]["a"], torch.zeros(4))
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_a_dead_writer_left_is_swept(tmp_path: Path) -> None:
+    dead, mine = tmp_path / ".x.999999999.part", tmp_path / f".x.{os.getpid()}.part"
+    dead.touch()
+    mine.touch()
+    durable.sweep(tmp_path)
+    assert not dead.exists() and mine.exists()
+
+
+def test_checkpoints_keep_the_last_and_know_their_format(tmp_path: Path) -> None:
+    for round_ in (2, 4, 6, 8):
+        checkpoint.save(tmp_path, round_, {"theta": torch.ones(2)}, {"n": 1}, keep=3)
+    assert [int(p.stem) for p in sorted(tmp_path.iterdir())] == [4, 6, 8]
+    assert checkpoint.oldest(tmp_path) == 4
+    durable.write(tmp_path / "00000010.safetensors", {}, {"format": 99, "round": 10})
+    with pytest.raises(UserError, match="format"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_node_keeps_the_memories_of_the_last_runs(tmp_path: Path) -> None:
+    for i in range(5):
+        path = directory_of(tmp_path, f"{i:016x}")
+        os.utime(path, (i, i))
+    assert len(list(tmp_path.iterdir())) == 3
+    assert (tmp_path / f"{4:016x}").exists()
+
+
+# A memory that is lost.
+
+
+class Disks(LocalGrid):
+    """Six nodes, each with a state directory of its own; one may be spoilt before a round.
+
+    Parameters
+    ----------
+    overrides : sequence of str
+        The run's settings.
+    folder : Path
+        Where the directories are.
+    spoil : callable
+        Called with round and the directory of node 2's memories before each round.
+    """
+
+    def __init__(
+        self, overrides: Sequence[str], folder: Path, spoil: Callable[[int, Path], None]
+    ) -> None:
+        super().__init__(to_run_config(overrides), 0)
+        self.folder, self.spoil = folder, spoil
+        for k in range(6):
+            self.add_node({"clients": str(k), "state-dir": str(folder / str(k))})
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Spoil what is to be spoilt, then send."""
+        sent = list(messages)
+        rounds = [int(m.content.config_records["order"].get("round", 0)) for m in sent]
+        if any(rounds):
+            self.spoil(max(rounds), self.folder / "2")
+        return super().send_and_receive(sent, timeout=timeout)
+
+
+def wipe(round_: int, folder: Path) -> None:
+    """Lose everything before round 3."""
+    if round_ == 3:
+        shutil.rmtree(folder)
+
+
+def rot(round_: int, folder: Path) -> None:
+    """Flip a bit of every memory before round 3."""
+    for file in folder.rglob("*.safetensors") if round_ == 3 else ():
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(bytes(data))
+
+
+def memories(run: Run, grid: Disks) -> torch.Tensor:
+    """Return the mean over all clients of what they remember."""
+    federation = run.federation
+    assert federation.algorithm.mirror is not None
+    name = federation.algorithm.mirror[0]
+    fresh = federation.algorithm.fresh(federation.server["theta"])
+    total = torch.zeros_like(federation.server["theta"])
+    for k in range(6):
+        if version := federation.ledger.get(k, 0):
+            store = DirectoryStore(grid.folder / str(k) / federation.key)
+            with contextlib.suppress(KeyError):  # lost, and not yet begun anew
+                total = total + store.load(k, version, fresh)[name]
+    return total / 6
+
+
+@pytest.mark.parametrize("spoil", [wipe, rot])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("strategy=feddyn",),
+        ("strategy=feddyn", "strategy.mean_of_all=true"),
+        ("strategy=scaffold",),
+    ],
+    ids=["feddyn", "feddyn-all", "scaffold"],
+)
+def test_who_lost_its_memory_begins_anew_and_the_books_agree(
+    run: Door, tmp_path: Path, given: tuple[str, ...], spoil: Any
+) -> None:
+    runs: list[Run] = []
+    grids: list[Disks] = []
+    seen: list[float] = []
+
+    def make(overrides: Sequence[str]) -> LocalGrid:
+        grids.append(Disks(overrides, tmp_path / "disks", spoil))
+        return grids[-1]
+
+    def look(record: Any) -> tuple[bool, dict[str, float]]:
+        federation = runs[0].federation
+        assert federation.algorithm.mirror is not None
+        vector = federation.server[federation.algorithm.mirror[1]]
+        gap = vector - memories(runs[0], grids[0])
+        seen.append(float(gap.norm() / vector.norm()))
+        return False, {}
+
+    result = run(
+        *EACH,
+        *given,
+        "partition=dirichlet",
+        grid=make,
+        edit=runs.append,
+        callbacks=[look],
+    )
+    failed = [sorted(r["clients"]["failed"]) for r in result.records[1:]]
+    assert failed == [[], [], ["2"], [], []]
+    assert "memory of round 2 is lost" in result.records[3]["clients"]["failed"]["2"]
+    assert [r.get("reset") for r in result.records[1:]] == [None, None, None, [2], None]
+    assert result.records[4]["clients"]["cohort"] == [0, 1, 2, 3, 4, 5]
+    # h is the mean of the memories again, from the round in which the client begins anew.
+    assert [gap < 1e-9 for gap in seen] == [True, True, False, True, True]
+    assert result.records[5]["checks"]["memory_gap"] < 1e-9
+    if "strategy.mean_of_all=true" in given:
+        federation, total = (
+            runs[0].federation,
+            torch.zeros_like(runs[0].federation.server["h"]),
+        )
+        for k in range(6):
+            store = DirectoryStore(tmp_path / "disks" / str(k) / federation.key)
+            fresh = federation.algorithm.fresh(total)
+            total = total + store.load(k, federation.ledger[k], fresh)["last"]
+        torch.testing.assert_close(federation.server["all"], total / 6)
+
+
+def test_until_all_can_be_asked_it_sits_out(run: Door, tmp_path: Path) -> None:
+    grids: list[Disks] = []
+    names: list[int] = []
+
+    def spoil(round_: int, folder: Path) -> None:
+        wipe(round_, folder)
+        if round_ == 3 and not names:
+            names.append(list(grids[0]._contexts)[5])
+            gone.append(grids[0]._contexts.pop(names[0]))
+        if round_ == 4 and gone:
+            grids[0]._contexts[names[0]] = gone.pop()
+
+    gone: list[Any] = []
+
+    def make(overrides: Sequence[str]) -> LocalGrid:
+        grids.append(Disks(overrides, tmp_path / "disks", spoil))
+        return grids[-1]
+
+    result = run(*EACH, "rounds=6", grid=make)
+    resets = [r.get("reset") for r in result.records[1:]]
+    assert resets.count([2]) == 1 and resets.index([2]) >= 4
+    assert result.records[-1]["clients"]["failed"] == {}
+    assert result.records[-1]["checks"]["memory_gap"] < 1e-9
+
+
+def test_skip_leaves_it_out_and_fail_ends_the_run(run: Door, tmp_path: Path) -> None:
+    def make(name: str) -> Callable[[Sequence[str]], LocalGrid]:
+        return lambda overrides: Disks(overrides, tmp_path / name, wipe)
+
+    result = run(*EACH, "lost_state=skip", grid=make("skip"))
+    failed = [sorted(r["clients"]["failed"]) for r in result.records[1:]]
+    assert failed == [[], [], ["2"], ["2"], ["2"]]
+    assert all(r["checks"]["memory_gap"] < 1e-9 for r in result.records[1:])
+    with pytest.raises(
+        UserError, match=r"client 2: the memory of round 2 is lost.*resume"
+    ):
+        run(*EACH, "lost_state=fail", grid=make("fail"))
+
+
+def test_optimizer_memories_begin_anew_without_asking(
+    run: Door, tmp_path: Path
+) -> None:
+    given = (*EACH, "strategy=fedavg", "optimizer=sophia")
+    try:
+        run("strategy=fedavg", "optimizer=sophia", "rounds=0")
+    except UserError:
+        given = (*EACH, "strategy=fedsophia")
+    result = run(*given, grid=lambda o: Disks(o, tmp_path / "disks", wipe))
+    assert [r.get("reset") for r in result.records[1:]] == [None, None, None, [2], None]
+
+
+def test_a_read_only_disk_costs_its_node_and_no_more(run: Door, tmp_path: Path) -> None:
+    def block(round_: int, folder: Path) -> None:
+        if (
+            round_ == 3
+        ):  # a file in the place of the directory: nothing can be made there
+            shutil.rmtree(folder)
+            folder.write_text("")
+
+    result = run(*EACH, grid=lambda o: Disks(o, tmp_path / "disks", block))
+    failed = [r["clients"]["failed"] for r in result.records[1:]]
+    assert [sorted(f) for f in failed] == [[], [], ["2"], ["2"], ["2"]]
+    assert "state-dir" in failed[2]["2"] or "Not a directory" in failed[2]["2"]
+    assert result.summary["status"] == "finished"
+
+
+def test_two_runs_of_one_node_do_not_meet(run: Door, tmp_path: Path) -> None:
+    def make(overrides: Sequence[str]) -> LocalGrid:
+        return Disks(overrides, tmp_path / "disks", lambda *_: None)
+
+    first = run(*EACH, grid=make)
+    assert torch.equal(
+        run(*EACH, "seed=1", grid=make).theta, run(*EACH, "seed=1").theta
+    )
+    assert torch.equal(first.theta, run(*EACH, grid=make).theta)
+    assert all(
+        len(list((tmp_path / "disks" / str(k)).iterdir())) == 3 for k in range(6)
+    )
+
+
+# Rounds below the minimum.
+
+
+class Deaf(LocalGrid):
+    """A grid that loses the replies of some attempts: of (attempt from 0) -> clients."""
+
+    def __init__(self, overrides: Sequence[str], lost: dict[int, set[int]]) -> None:
+        super().__init__(to_run_config(overrides), 6)
+        self.lost, self.turn = lost, 0
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send all, and lose what is to be lost."""
+        sent = {m.metadata.dst_node_id: m for m in messages}
+        gone = self.lost.get(self.turn, set())
+        self.turn += 1
+        for reply in super().send_and_receive(sent.values(), timeout=timeout):
+            order = sent[reply.metadata.src_node_id].content.config_records["order"]
+            if not gone & set(order["train"]):  # type: ignore[arg-type]
+                yield reply
+
+
+@pytest.mark.parametrize("strategy", ["feddyn", "scaffold", "fedavg"])
+def test_a_round_taken_again_leaves_no_trace(run: Door, strategy: str) -> None:
+    given = (*EACH, f"strategy={strategy}", "min_replies=4")
+    result = run(*given, grid=lambda o: Deaf(o, {1: {0, 1, 2}, 2: {3, 4, 5}, 5: {0}}))
+    plain = run(*EACH, f"strategy={strategy}", grid=lambda o: Deaf(o, {3: {0}}))
+    assert torch.equal(result.theta, plain.theta)
+    assert [r.get("attempts") for r in result.records[1:]] == [
+        None,
+        3,
+        None,
+        None,
+        None,
+    ]
+    twice, once = result.records[2], plain.records[2]
+    assert twice["bytes"]["down"]["model"] == 3 * once["bytes"]["down"]["model"]
+    assert twice["gradients"] == 2 * once["gradients"]
+    assert sum("attempt" in line for line in result.lines) == 2
+
+
+def test_a_run_without_enough_replies_ends_and_can_be_resumed(run: Door) -> None:
+    given = (*EACH, "min_replies=6", "attempts=2", "checkpoint_every=1", "name=stuck")
+    with pytest.raises(
+        UserError, match=r"round 3: fewer than min_replies=6 .* 2 attempts.*resume"
+    ):
+        run(*given, grid=lambda o: Deaf(o, {2: {0}, 3: {0}}))
+    result = run(*given, "resume=auto")
+    assert torch.equal(result.theta, run(*EACH).theta)
+
+
+@pytest.mark.parametrize("strategy", ["feddyn", "scaffold"])
+def test_thirty_percent_of_replies_lost_for_fifty_rounds(
+    run: Door, strategy: str
+) -> None:
+    draw = random.Random(1)
+    lost = {t: {k for k in range(6) if draw.random() < 0.3} for t in range(50)}
+    result = run(
+        f"strategy={strategy}",
+        "nodes=6",
+        "clients_per_round=6",
+        "rounds=50",
+        "evaluate_clients=none",
+        "evaluate_every=10",
+        "local.batch=20",
+        grid=lambda o: Deaf(o, lost),
+    )
+    assert result.summary["failures"] == sum(map(len, lost.values())) > 60
+    assert result.summary["accuracy"] > 0.85
+    checks = [r["checks"] for r in result.records[1:]]
+    assert all(c["memory_gap"] < 1e-5 for c in checks)
