@@ -202,7 +202,7 @@ FAULTS: dict[str, tuple[Tamper, str]] = {
     "a pickle": (with_bytes(lambda b: pickle.dumps({"a": 1})), "not a numpy array"),
     "a huge claimed header": (
         with_delta(lambda d: raw(d, shape=(10**12,))),
-        "not what its header says",
+        "shape",
     ),
     "no report": (edit(lambda r: r.content.pop("report")), "no report"),
     "wrong client": (with_report(trained=[4]), "answers for clients"),
