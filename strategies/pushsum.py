@@ -165,10 +165,11 @@ def mix(links: Links, state: State, policy: Policy = "keep") -> State:
     return state
 
 
-def average(network: Network, x: Matrix, first: int, pushes: int) -> Matrix:
+def average(network: Network, x: Matrix, first: int, pushes: int) -> tuple[Matrix, int]:
     """Return every client's estimate of the mean of x after some pushes, (n, d).
 
-    x, which is overwritten, has a weight of its own that starts at one.
+    x, which is overwritten, has a weight of its own that starts at one. The second number is how
+    many messages were sent over arcs.
 
     Parameters
     ----------
@@ -179,10 +180,12 @@ def average(network: Network, x: Matrix, first: int, pushes: int) -> Matrix:
     first, pushes : int
         Which rounds.
     """
-    state = State.of(x)
+    state, sent = State.of(x), 0
     for t in range(first, first + pushes):
-        mix(network.at(t), state, network.faults.policy)
-    return state.z()
+        links = network.at(t)
+        sent += links.P.nnz - network.n  # what clients keep is no message
+        mix(links, state, network.faults.policy)
+    return state.z(), sent
 
 
 def on_grid(matrix: csr_array) -> csr_array:

@@ -332,9 +332,10 @@ def test_two_quantities_have_weights_of_their_own() -> None:
     n, net = 9, network("er_fresh", 9, Faults(loss=0.2))
     training = push(net, State.of(values(n)), 5)
     w, x = training.w.copy(), values(n, seed=4)
-    found = average(net, x.copy(), 5, 80)
+    found, sent = average(net, x.copy(), 5, 80)
     np.testing.assert_allclose(found, np.tile(x.mean(0), (n, 1)), atol=1e-9)
     assert (training.w == w).all()
+    assert sent == sum(len(net.edges(t)) for t in range(5, 85))
 
 
 def test_contraction_is_the_spectral_one_and_exact_averaging_leaves_nothing() -> None:
