@@ -547,6 +547,8 @@ def test_a_client_that_fails_is_left_out_and_why_is_told() -> None:
         fad.federated_map("touchy", fad.broadcast(INPUTS[0], over))
     )
     close(total, 2 * INPUTS[0])
+    c = fad.federated_map("touchy", fad.broadcast(INPUTS[0], over))
+    close(fad.federated_mean(c), INPUTS[0])
     with pytest.raises(fad.Dropped, match=r"clients 1: nobody answered.*no battery"):
         only = over.only([1])
         fad.federated_sum(fad.federated_map("touchy", fad.broadcast(INPUTS[0], only)))
