@@ -147,6 +147,8 @@ def curves(
     axes.set(xlabel=name, ylabel=canvas.unit(metric), title=title)
     if axis == "rounds":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axis == "links":  # from one peer to all of them: factors, not differences
+        axes.set_xscale("log")
     canvas.log_if_wide(axes, metric)
     words = {"range": "minimum to maximum", "std": "one standard deviation"}[band]
     caption = f"line: mean over seeds; band: {words}" if several else None

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from app import checkpoint
+from app import checkpoint, network_plots
 from app.by_class import label_counts
 from app.callbacks import Callback, stops
 from app.config import load
@@ -32,6 +32,7 @@ from app.summary import clients_block, line, summarize, training_block
 from strategies.engine import unfit
 from strategies.ledger import Unbalanced
 from strategies.objective import Objective
+from strategies.relay import Relay
 from strategies.wire import pack
 
 Say = Callable[[str], None]
@@ -181,6 +182,11 @@ class Run:
             "seconds": time.perf_counter() - began,
         }
         self.say(self.directory.finish(summary, self._tensors()))
+        if isinstance(self.federation, Relay):
+            place = self.directory.path
+            network_plots.draw(
+                self.federation.network, self.records, place / "network.png", place.name
+            )
         self.say(f"run directory: {self.directory.path}")
         return summary
 

@@ -2,6 +2,7 @@
 
     ./run.sh bench                                  all workloads, all contenders, 5 repeats
     ./run.sh bench --workloads W1,W4 --who local,bare-vmap --rounds 10 --repeats 3
+    ./run.sh bench mixing                           a network's mixing and the relay, no training
     ./run.sh bench --workloads C10,C100,C1000,C10000,P0.1,P1,P10 --who local   how cost grows
 
 A repeat runs every contender once, each in a process of its own, so that a machine that slows down
@@ -222,6 +223,10 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
 
 def main() -> int:
     """Run the command line."""
+    if sys.argv[1:2] == ["mixing"]:
+        from bench.mixing import main as mixing
+
+        return mixing(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="./run.sh bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--workloads", default=",".join(WORKLOADS))

@@ -15,7 +15,7 @@ from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
 
-from app import label_plots, plots
+from app import label_plots, network_plots, plots
 from app.config import to_run_config
 from app.experiment import run_local
 from app.local_grid import LocalGrid
@@ -120,6 +120,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result
     """
     monkeypatch.setattr(plots, "overview", lambda *_: None)
     monkeypatch.setattr(label_plots, "label_map", lambda *_: None)
+    monkeypatch.setattr(network_plots, "draw", lambda *_: None)
 
     def run(
         *overrides: str,

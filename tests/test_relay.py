@@ -12,6 +12,7 @@ import torch
 from conftest import Result, grid_of
 from flwr.app import Message
 
+from app import network_plots
 from app.errors import UserError
 from app.graph_file import graph_file
 from app.local_grid import LocalGrid
@@ -541,3 +542,15 @@ def test_network_files_in_both_forms_say_the_same(tmp_path: Path) -> None:
     (tmp_path / "bad.graphml").write_text("<graphml><oops></graphml>")
     with pytest.raises(UserError, match="no GraphML"):
         graph_file(3, 0, str(tmp_path / "bad.graphml"))
+
+
+@pytest.mark.parametrize("n", [1, 5, 300])
+def test_a_network_is_drawn_at_any_size(tmp_path: Path, n: int) -> None:
+    network = Network(n, 0, exponential(n, 0), faults=Faults(loss=0.2))
+    told = {"consensus_distance": 0.1, "min_weight": 0.5, "contraction": 0.7}
+    records = [
+        {"round": 0},
+        {"round": 1, "strategy": {**told, "mass": {"w_lost": 0.0}}},
+    ]
+    network_plots.draw(network, records, tmp_path / "network.png")
+    assert (tmp_path / "network.png").read_bytes().startswith(b"\x89PNG")
