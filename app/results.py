@@ -253,6 +253,8 @@ def body(result: Mapping[str, Any], figure: str) -> str:
     with_ = ", ".join(f"{name} {v}" for name, v in versions.items() if v)
     given = " ".join(result["overrides"])
     failed = sum(r["failures"] for runs in table.values() for r in runs.values())
+    timed = any("spent_to" in r for runs in table.values() for r in runs.values())
+    shared = " Seconds are wall time, whatever else the machine did." if timed else ""
     lost = f" {failed} times a client failed and was left out." if failed else ""
     rounds = sorted({r["rounds"] for runs in table.values() for r in runs.values()})
     many = f"{len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''}"
@@ -266,7 +268,7 @@ def body(result: Mapping[str, Any], figure: str) -> str:
         f"Run: size {result['size']}, {many}, "
         f"{' or '.join(map(str, rounds)) or 'no'} rounds; {result['minutes']:.1f} "
         f"minutes of rounds in all, on {machine['device']} with {machine['cores']} "
-        f"cores ({machine['cpu']}), {result['date'][:10]}; {with_}.{lost}"
+        f"cores ({machine['cpu']}), {result['date'][:10]}; {with_}.{lost}{shared}"
         f"{f' Further settings: `{given}`.' if given else ''}\n"
     )
 
