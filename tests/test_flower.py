@@ -117,6 +117,18 @@ def test_a_program_is_differentiated_over_flwr_run(home: Path) -> None:
     assert "3 exchanges, 3 more for derivatives: 12 messages down" in ended.stdout
 
 
+def test_a_network_gives_the_local_runtimes_models(
+    home: Path, run: Run, tmp_path: Path
+) -> None:
+    network = ["strategy=pushsum", "topology=k_out", "faults.loss=0.2"]
+    given = [*QUICK, *network, "clients_per_round=6", "rounds=2"]
+    lines: list[str] = []
+    run_flower([*given, f"output_dir={tmp_path}/flower", "name=net"], lines.append)
+    summary = read_summary(tmp_path / "flower" / "net")
+    assert summary is not None, "\n".join(lines)
+    same(run(*given), found(tmp_path / "flower" / "net", summary))
+
+
 @pytest.mark.timeout(120)
 def test_plain_flwr_run_tells_a_mistake_in_one_line(home: Path) -> None:
     ended = flwr(
