@@ -152,7 +152,9 @@ def main() -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupted)
+    # Also where it was started in the background, with interrupts ignored.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupted)
     try:
         deploy(sys.argv[1:])
     except UserError as error:

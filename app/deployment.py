@@ -7,6 +7,7 @@ was started here, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -121,7 +122,8 @@ class Deployment:
         self.link = self._start("superlink", command, home)
         end = time.monotonic() + patience
         while time.monotonic() < end and self.link.poll() is None:
-            if self.flwr("supernode", "list", "--format", "json")[0] == 0:
+            with contextlib.suppress(UserError):
+                self.listed()
                 return
             time.sleep(0.2)
         raise UserError(f"the SuperLink does not answer; see {self.log('superlink')}")
@@ -156,10 +158,10 @@ class Deployment:
         if not known:
             return ""
         command = ["supernode", "register", str(public), LINK, "--name", name]
-        code, text = self.flwr(*command, "--format", "json")
-        if code:
-            raise UserError(f"{name}: its key was not registered: {text.strip()}")
-        return str(json.loads(text)["node-id"])
+        try:
+            return str(self.asked(*command)["node-id"])
+        except UserError as error:
+            raise UserError(f"{name}: its key was not registered: {error}") from None
 
     def start_node(self, name: str, *options: str) -> None:
         """Start, or start again, a node that was added; options replace the TLS ones."""
@@ -197,11 +199,25 @@ class Deployment:
 
     def listed(self) -> list[dict[str, Any]]:
         """Return what the SuperLink says of the registered nodes."""
-        code, text = self.flwr("supernode", "list", LINK, "--format", "json")
-        if code:
-            raise UserError(f"the SuperLink does not answer: {text.strip()}")
-        found: list[dict[str, Any]] = json.loads(text)["nodes"]
+        found: list[dict[str, Any]] = self.asked("supernode", "list", LINK)["nodes"]
         return found
+
+    def asked(self, *arguments: str) -> dict[str, Any]:
+        """Return the JSON that Flower's command line answers.
+
+        Raises
+        ------
+        UserError
+            If it does not succeed; Flower says so in the JSON, and ends with status 0.
+        """
+        code, text = self.flwr(*arguments, "--format", "json")
+        try:
+            told = json.loads(text)
+        except ValueError:
+            told = {}
+        if code or not isinstance(told, dict) or not told.get("success"):
+            raise UserError(f"the SuperLink does not answer: {text.strip()[-300:]}")
+        return told
 
     def wait_online(self, count: int, patience: float = 60) -> None:
         """Wait until so many nodes are online.

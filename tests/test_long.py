@@ -10,10 +10,14 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import test_faults
 import torch
 from conftest import Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jobs import JOB, Job, two_nodes
 
 from app.deployment import Deployment
@@ -91,6 +95,20 @@ def test_kill_9_at_random(
             )
     with capsys.disabled():
         print(f"kills {counts}, {REPETITIONS} runs, 0 differ, 0 invariants broken")
+
+
+@settings(max_examples=10_000, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(sorted(test_faults.ALGORITHMS)),
+    st.lists(
+        st.tuples(st.sampled_from([11, 12, 13]), test_faults.MUTATIONS),
+        min_size=1,
+        max_size=5,
+    ),
+)
+def test_ten_thousand_mutated_rounds(name: str, mutations: Any) -> None:
+    """No reply crashes the server, and nothing bad is accepted."""
+    test_faults.test_no_reply_can_harm_the_server.hypothesis.inner_test(name, mutations)
 
 
 def resident(processes: dict[int, str]) -> dict[str, int]:
