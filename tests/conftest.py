@@ -98,7 +98,8 @@ def found(path: Path, summary: dict[str, Any], lines: Sequence[str] = ()) -> Res
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Compute in the main process as a worker does."""
+    """Compute in the main process as a worker does, and let messages be made."""
+    LocalGrid({}, 0)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
