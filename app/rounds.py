@@ -85,7 +85,10 @@ class Rounds:
             arrays = pack({"theta": federation.server["theta"]})
             messages = federation.configure_train(round_, arrays, ConfigRecord(), grid)
             began = time.perf_counter()
-            replies = exchange(grid, messages, config.deadline)
+            # Longer each time: a deadline that is too short for a busy machine must not
+            # repeat the round for ever.
+            patience = config.deadline * taken.attempts
+            replies = exchange(grid, messages, patience)
             taken.wire += time.perf_counter() - began
             federation.aggregate_train(round_, replies)
             told = federation.round
