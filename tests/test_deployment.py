@@ -168,7 +168,7 @@ def test_kill_9_and_the_model_is_the_undisturbed_one(
 ) -> None:
     """A node, the ServerApp and the SuperLink, one after another, in one job."""
     given = [*JOB, "rounds=3", "strategy=scaffold"]
-    job = Job(deployment, "killed", [*given, "deadline=20", "attempts=50"])
+    job = Job(deployment, "killed", [*given, "deadline=30", "attempts=50"])
     job.submit()
     job.until_round(1)
     job.kill_node("node-1")
@@ -178,7 +178,7 @@ def test_kill_9_and_the_model_is_the_undisturbed_one(
     job.until_round(2)
     job.kill_link()
     job.submit()
-    result = job.finish()
+    result = job.finish(600)
     assert [r["round"] for r in result.records] == [0, 1, 2, 3]
     assert all(r["checks"]["memory_gap"] < 1e-5 for r in result.records[1:])
     assert torch.equal(result.theta, run(*given, "processes=0", quick=()).theta)
