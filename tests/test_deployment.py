@@ -27,7 +27,7 @@ from app import credentials
 from app.compose import CONF
 from app.config import load
 from app.deploy import hosting, settings
-from app.deployment import MARK, Deployment, free_ports, marked
+from app.deployment import MARK, Deployment, end_all, free_ports, marked
 from app.errors import UserError
 
 pytestmark = [
@@ -212,6 +212,9 @@ def test_interrupted_it_ends_what_it_started(tmp_path: Path) -> None:
         bystander.wait()
         if mine.poll() is None:
             mine.kill()
+        for left in tmp_path.glob("deploy-*"):
+            mark = f"{MARK}={left}"
+            end_all(lambda mark=mark: marked(mark), signal.SIGKILL)
         assert mine.stdout is not None
         mine.stdout.close()
         mine.wait()
