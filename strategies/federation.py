@@ -219,6 +219,9 @@ class Federation(Strategy):
             self.round.failed |= dict.fromkeys(
                 probes, "the server's step is not finite"
             )
+            for k in probes:
+                for told in ("train_loss", "steps", "gradients", "seconds"):
+                    self.round.rows[k].pop(told, None)
             return None
         self.server, self.buffers = server, buffers
         self.round.accepted = sorted(probes)
