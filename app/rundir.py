@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 CLIENTS = "clients.csv"
+_NUMBERS = {int, float, type(None)}
 COLUMNS = (
     "round",
     "client",
@@ -178,7 +179,8 @@ class RunDir:
         text = io.StringIO()
         # A line is a row, always: a torn one is then told by its missing line end.
         csv.writer(text, lineterminator="\n").writerows(
-            [_cell(row.get(column)) for column in COLUMNS] for row in rows
+            [v if type(v) in _NUMBERS else _cell(v) for v in map(row.get, COLUMNS)]
+            for row in rows
         )
         with open(self.path / CLIENTS, "a", encoding="utf-8") as file:
             file.write(text.getvalue())

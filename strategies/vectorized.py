@@ -85,6 +85,21 @@ def anchors(down: Mapping[str, Tensor], jobs: Sequence[Job]) -> Tensor:
     return torch.stack([{**down, **job.own}["theta"] for job in jobs])
 
 
+def begun(
+    trainer: Trainer, down: Mapping[str, Tensor], jobs: Sequence[Job]
+) -> tuple[Vectors, Vectors]:
+    """Return the rows of the states before the first local step, of algorithm and optimizer."""
+    algorithm, optimizer = trainer.algorithm, trainer.optimizer
+    if optimizer.kept or algorithm.needs or any(job.own for job in jobs):
+        states = [trainer.begin(down, job) for job in jobs]
+        return stacked([c for c, _ in states]), stacked([m for _, m in states])
+    # The optimizer starts alike for all: one state serves for thousands of small clients.
+    same = optimizer.init(down["theta"], {})
+    moving = {n: v.expand(len(jobs), *v.shape).clone() for n, v in same.items()}
+    begin = algorithm.begin
+    return stacked([begin(down, job.memory, job.client) for job in jobs]), moving
+
+
 def vectorized(
     trainer: Trainer, down: Mapping[str, Tensor], jobs: Sequence[Job], round_: int
 ) -> Trained:
@@ -93,8 +108,7 @@ def vectorized(
     optimizer = trainer.optimizer
     anchor, shared = anchors(down, jobs), jobs[0].part
     plan = schedule(trainer, jobs, round_, anchor.dtype)
-    states = [trainer.begin(down, job) for job in jobs]
-    constant, moving = stacked([c for c, _ in states]), stacked([m for _, m in states])
+    constant, moving = begun(trainer, down, jobs)
     due = [
         optimizer.refreshes(j.memory, round_, steps)
         for j, steps in zip(jobs, plan.steps, strict=True)

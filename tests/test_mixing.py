@@ -92,9 +92,7 @@ def test_mass_is_kept_and_values_stay_between_the_first_ones(
         assert (z <= x.max(0) + 1e-12).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "faults", "n"), [g for g in GRID if g[2] in (3, 7)]
-)
+@pytest.mark.parametrize(("name", "faults", "n"), [g for g in GRID if g[2] in (3, 7)])
 def test_everybody_agrees_on_the_mean_in_the_end(
     name: str, faults: str, n: int
 ) -> None:
