@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from app.records import Floats, write_atomic
+from app.records import Floats, falls, write_atomic
 
 COLORS = (
     "#0072B2",
@@ -95,11 +95,11 @@ def unit(metric: str) -> str:
 
 
 def log_if_wide(axes: Axes, metric: str) -> None:
-    """Draw a loss that spans a factor of 50 or more on a logarithmic axis."""
+    """Draw a loss or error that spans a factor of 50 or more on a logarithmic axis."""
     drawn = [np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()]
     values = np.concatenate(drawn) if drawn else np.empty(0)
     values = values[np.isfinite(values)]
-    loss = "loss" in metric and values.size > 0 and values.min() > 0
+    loss = falls(metric) and values.size > 0 and values.min() > 0
     if loss and values.max() / values.min() >= 50:
         axes.set_yscale("log")
 

@@ -31,6 +31,7 @@ PARTS = (
     "model",
     "optimizer",
     "privacy",
+    "estimate",
 )
 PRESETS = ("deployment", "experiment")
 GROUPS = (*PARTS, *PRESETS)

@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from app.binding import Group, Model, bind, explain
 from app.compose import PARTS, PRESETS, compose, first_line, names
 from app.errors import UserError, nearest
-from app.network_check import check_network
+from app.network_check import check_estimate, check_network
 from app.programs import known
 from strategies.engine import Choice
 from strategies.gossip import solver_of
@@ -78,6 +78,7 @@ class Config(Model):
     model: Group
     optimizer: Group
     privacy: Group
+    estimate: Group
     rounds: Annotated[int, Field(ge=0)]
     clients: Annotated[int, Field(ge=1)]
     clients_per_round: Annotated[int, Field(ge=1)]
@@ -200,6 +201,7 @@ def _check(config: Config) -> None:
     _check_optimizer(config)
     check_network(config)
     bind("privacy", config.privacy)
+    check_estimate(config)
     bind("data", config.data)
     bind("partition", config.partition, ("labels", "natural", "clients", "seed"))
     bind("model", config.model, ("input_shape", "outputs", "vocabulary"))

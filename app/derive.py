@@ -23,6 +23,11 @@ from strategies.roster import Roster
 def start(overrides: Sequence[str], grid: Grid, say: Say = print) -> Any:
     """Run settings over a grid: the program that they name, or training."""
     config = load(overrides)
+    if config.estimate.name != "none":
+        raise UserError(
+            f"estimate={config.estimate.name}: is computed in one process; use "
+            "python -m app.experiment, with runtime=local"
+        )
     if config.program is None:
         return Run(overrides, say=say)(grid)
     return derive(overrides, grid, say)

@@ -37,6 +37,7 @@ from app.compose import CONF
 from app.config import Config, load, quote, to_run_config
 from app.derive import derive
 from app.errors import UserError
+from app.estimation import estimate
 from app.host import setting
 from app.local_grid import LocalGrid
 from app.run import Run, Say
@@ -57,6 +58,8 @@ def run_local(
         Where the lines for a person go.
     """
     config = load(overrides)
+    if config.estimate.name != "none":
+        return estimate(overrides, callbacks, say)
     run = Run(overrides, callbacks, say)
     grid = LocalGrid(to_run_config(overrides), config.nodes, processes(config))
     return run(grid)

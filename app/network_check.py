@@ -1,4 +1,4 @@
-"""Whether a strategy and a network go together: one needs it, the other has a server."""
+"""Whether strategy, network and estimate go together: some need a network, others a server."""
 
 from __future__ import annotations
 
@@ -11,6 +11,30 @@ from strategies.gossip import Gossip
 
 if TYPE_CHECKING:
     from app.config import Config
+
+
+def check_estimate(config: Config) -> None:
+    """Raise UserError where an estimate is asked for that the other settings do not give."""
+    if config.estimate.name == "none":
+        return
+    bind("estimate", config.estimate)
+    what = f"estimate={config.estimate.name}"
+    if not isinstance(bind("strategy", config.strategy)(), Gossip):
+        raise UserError(
+            f"{what}: vectors go over a network; use strategy=pushsum and a topology "
+            "(topology=complete averages as a server does)"
+        )
+    if config.model.name != "linear" or config.dtype != "float64":
+        raise UserError(
+            f"{what}: is about logistic regression in float64; use model=linear dtype=float64"
+        )
+    if config.program is not None:
+        raise UserError(f"{what} and program={config.program}: one of the two")
+    if not config.client_test:
+        raise UserError(
+            f"{what}: the outer cost needs samples that clients do not train on; "
+            "use client_test=0.5"
+        )
 
 
 def check_network(config: Config) -> None:

@@ -175,8 +175,8 @@ def series(
 
 
 def falls(metric: str) -> bool:
-    """Return whether a metric is better when smaller: any loss is, nothing else."""
-    return "loss" in metric
+    """Return whether a metric is better when smaller: any loss or error is."""
+    return "loss" in metric or "error" in metric
 
 
 def plain(value: Any, *, finite: bool) -> Any:

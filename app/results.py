@@ -86,7 +86,7 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
     }
     metric = EXCESS if study.metric == DISTANCE else study.metric
     # Less one standard deviation may be below zero, which a log axis cannot show.
-    band = "range" if study.metric == DISTANCE else "std"
+    band = "range" if study.metric == DISTANCE or "error" in study.metric else "std"
     plots.curves(drawn, metric, study.x, plan.folder / "study.png", band=band)
     for name in study.drawn:
         groups = {

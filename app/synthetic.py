@@ -1,7 +1,7 @@
-"""Data made by a formula: two published heterogeneity generators and four quadratics.
+"""Data made by a formula: three published heterogeneity generators and four quadratics.
 
-Each generator calls NumPy's legacy random stream in the order of the published code, so
-that its seed gives the published numbers. That seed belongs to the data set and not to
+The first two generators call NumPy's legacy random stream in the order of the published code, so
+that their seeds give the published numbers. A seed belongs to the data set and not to
 the run: repeating an experiment with another seed keeps the data.
 """
 
@@ -166,6 +166,60 @@ def synthetic_fedprox(
     data = Dataset(
         whole.take(~out), whole.take(out), classes, "cross_entropy", natural, names
     )
+    return hold_out(data, validation, seed)
+
+
+def synthetic_mixture(
+    clients: Positive = 3,
+    dimension: Positive = 5,
+    components: Positive = 3,
+    samples: Annotated[int, Field(ge=2)] = 200,
+    test_samples: Positive = 5000,
+    alpha: Annotated[float, Field(gt=0)] = 0.4,
+    noise: NonNegative = 0.1,
+    validation: Fraction = 0.0,
+    seed: Seed = 0,
+) -> Dataset:
+    """Return the two-class mixture of Marfoq et al. 2021 (FedEM), natural by client.
+
+    There are K true models theta_k ~ U(-1, 1)^d; client i has weights pi_i ~ Dir(alpha)
+    over them. A sample has x ~ U(-1, 1)^d, a model k ~ pi_i and the label that
+    sigmoid(x.theta_k + e), e ~ N(0, noise), rounds to. Every client has its own test
+    samples; the test split is all of them.
+
+    Parameters
+    ----------
+    clients, dimension, components : int
+        Number of clients, size d of x and number K of true models.
+    samples, test_samples : int
+        Of each client.
+    alpha : float
+        How alike the clients' weights are.
+    noise : float
+        Standard deviation of e.
+    validation : float
+        See `app.data.hold_out`.
+    seed : int
+        Seed of the generator.
+    """
+    rng = np.random.RandomState(seed)
+    weights = [rng.dirichlet(np.full(components, alpha)) for _ in range(clients)]
+    true = rng.uniform(-1, 1, (components, dimension))
+
+    def drawn(count: int) -> Split:
+        xs, ys = [], []
+        for weight in weights:
+            of = np.repeat(np.arange(components), rng.multinomial(count, weight))
+            x = rng.uniform(-1, 1, (count, dimension))
+            logits = (x * true[of]).sum(axis=1) + rng.normal(0, noise, count)
+            order = rng.permutation(count)
+            xs.append(x[order])
+            ys.append((logits > 0).astype(np.int64)[order])
+        return _split(np.concatenate(xs), np.concatenate(ys))
+
+    natural = np.repeat(np.arange(clients), samples)
+    train, test = drawn(samples), drawn(test_samples)
+    data = Dataset(train, test, 2, "cross_entropy", natural, ["0", "1"])
     return hold_out(data, validation, seed)
 
 

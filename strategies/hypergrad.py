@@ -45,8 +45,6 @@ from strategies.randomness import normals
 Lambdas = tuple[Tensor, ...]
 #: ``draw(purpose, k)`` gives the k-th batches of a purpose, in whatever form the cost takes them.
 Draw = Callable[[str, int], Any]
-#: ``watch(m, v)`` sees the estimate after m steps, from 0.
-Watch = Callable[[int, Lambdas], None]
 
 
 @dataclass(frozen=True)
@@ -137,6 +135,10 @@ class Found:
     bytes: int
 
 
+#: ``watch(m, found)`` sees the estimate after m steps, from 0.
+Watch = Callable[[int, Found], None]
+
+
 class Products:
     """H_i z_i and J_i' z_i of all clients, by differentiating the gradients once more.
 
@@ -215,6 +217,10 @@ class Links:
         self.bytes += sent * (rows.itemsize * rows.shape[1] + 8)
         return torch.from_numpy(z).to(u.device)
 
+    def found(self, v: Lambdas) -> Found:
+        """Return an estimate with what was sent for it until now."""
+        return Found(v, self.exchanges, self.messages, self.bytes)
+
 
 def hypergradients(
     problem: Problem,
@@ -259,7 +265,7 @@ def hypergradients(
     u, v = products.outer()
     u, v = u / n, tuple(part / n for part in v)
     if watch:
-        watch(0, v)
+        watch(0, links.found(v))
     for m in range(1, settings.depth + 1):
         z = links.mean(u)
         if settings.independent and problem.draw is not None:
@@ -269,8 +275,8 @@ def hypergradients(
         v = tuple(part - alpha * c for part, c in zip(v, cross, strict=True))
         u = z - alpha * curved
         if watch:
-            watch(m, v)
-    return Found(v, links.exchanges, links.messages, links.bytes)
+            watch(m, links.found(v))
+    return links.found(v)
 
 
 def largest_eigenvalue(

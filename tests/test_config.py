@@ -62,6 +62,7 @@ def test_every_choice_of_every_group_composes() -> None:
     network = "strategy=pushsum"
     needs |= {f"topology={n}": [network] for n in names("topology") if n != "none"}
     needs |= {f"faults={name}": [network] for name in names("faults")}
+    needs["estimate=hypergrad"] = list(LOGISTIC)
     needs["topology=file"] = [network, "topology.path=x.txt"]
     for group in PARTS:
         assert names(group), group
@@ -135,6 +136,9 @@ def test_a_configuration_is_frozen() -> None:
 
 # Mistakes, through the public door.
 
+ESTIMATE = ("experiment=hypergrad_error", "rounds=1", "data.test_samples=5")
+LOGISTIC = ("strategy=pushsum", "model=linear", "dtype=float64", "client_test=0.5")
+
 
 @pytest.fixture
 def door(
@@ -187,6 +191,20 @@ def door(
             ["strategy=fedavg", "strategy.alpha=1"],
             ["no setting is called 'strategy.alpha'"],
         ),
+        # An estimate without what it needs.
+        (["estimate=hypergrad"], ["estimate=hypergrad", "strategy=pushsum"]),
+        (
+            ["estimate=hypergrad", "strategy=pushsum"],
+            ["model=linear dtype=float64"],
+        ),
+        ([*ESTIMATE, "client_test=0"], ["outer cost", "client_test=0.5"]),
+        ([*ESTIMATE, "program=two_rounds"], ["program=two_rounds", "one of the two"]),
+        ([*ESTIMATE, "rounds=0"], ["estimate.depth=0"]),
+        ([*ESTIMATE, "estimate.pushes=0"], ["estimate.pushes=0"]),
+        ([*ESTIMATE, "estimate.alpha=0"], ["estimate.alpha=0"]),
+        (["estimate=hypergrad", *LOGISTIC], ["data=digits", "two classes"]),
+        ([*ESTIMATE, "partition=size", "data.clients=5"], ["as many samples"]),
+        ([*ESTIMATE, "data.samples=4"], ["no minimizer", "data.samples"]),
         # A value that cannot be.
         (["strategy.alpha=0"], ["strategy.alpha=0", "greater than 0"]),
         (["strategy.alpha=-1"], ["strategy.alpha=-1", "greater than 0"]),

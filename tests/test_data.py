@@ -18,7 +18,12 @@ from app.arrays import npz
 from app.data import Dataset, digits, hold_out, split_mask
 from app.errors import UserError
 from app.images import imagefolder
-from app.synthetic import quadratics, synthetic_feddyn, synthetic_fedprox
+from app.synthetic import (
+    quadratics,
+    synthetic_feddyn,
+    synthetic_fedprox,
+    synthetic_mixture,
+)
 from app.text import plays, speeches
 from app.vision import cifar10, emnist, mnist
 
@@ -176,6 +181,23 @@ def test_synthetic_fedprox():
     assert abs(len(data.test) / (len(data.test) + len(data.train)) - 0.1) < 0.01
     assert same(data, synthetic_fedprox(users=5))
     assert not same(data, synthetic_fedprox(users=5, seed=1))
+
+
+def test_synthetic_mixture():
+    data = synthetic_mixture(clients=4, samples=300, test_samples=7, noise=0)
+    assert data.train.x.shape == (1200, 5) and len(data.test) == 28
+    assert (np.bincount(data.natural) == 300).all()
+    assert data.train.x.abs().max() <= 1 and set(data.train.y.tolist()) == {0, 1}
+    assert same(data, synthetic_mixture(4, samples=300, test_samples=7, noise=0))
+    # One true model, no noise: a plane through zero separates the classes; three do not agree.
+    for components, fits in ((1, True), (3, False)):
+        data = synthetic_mixture(components=components, noise=0, seed=1)
+        x, y = data.train.x.double(), 2.0 * data.train.y.double() - 1
+        theta = torch.zeros(5, dtype=x.dtype)
+        for _ in range(3000):
+            wrong = (x @ theta * y <= 0).double()
+            theta += ((wrong * y)[:, None] * x).mean(0)
+        assert bool((x @ theta * y > 0).all()) == fits
 
 
 def test_npz_with_clients_and_its_own_split(tmp_path):

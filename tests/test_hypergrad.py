@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from app.config import to_run_config
+from app.derive import start
+from app.errors import UserError
+from app.estimation import logistic
+from app.host import setting
+from app.local_grid import LocalGrid
 from strategies import topology
 from strategies.fad import Clients, broadcast, federated_map, federated_mean
 from strategies.fad_site import Site, register
 from strategies.fad_wire import InProcess
 from strategies.hypergrad import (
     HGP,
+    Found,
     Lambdas,
     Problem,
     closed_form,
@@ -28,6 +37,7 @@ from strategies.hypergrad import (
 from strategies.network import Network
 from strategies.pushsum import State
 from strategies.topology import Arcs
+from tests.conftest import Result
 
 F64 = torch.float64
 #: Three clients whose arcs make the uneven P of the golden numbers.
@@ -183,7 +193,9 @@ def test_conjugate_gradients_need_no_more_iterations_than_parameters() -> None:
         task.problem(),
         network("complete", 5),
         settings,
-        watch=lambda m, v: steps.append(float((stacked(v) - task.exact()).norm())),
+        watch=lambda m, found: steps.append(
+            float((stacked(found.v) - task.exact()).norm())
+        ),
     )
     assert steps[4] > 1e-4  # the series is far away after as many averages
     assert steps[-1] < 1e-6
@@ -297,9 +309,10 @@ def test_few_pushes_leave_a_plateau(n: int, pushes: int) -> None:
         task = Quadratics(n, seed, scale=0.7, ridge=0.3)
         exact = task.exact()
 
-        def watch(m: int, v: Lambdas, exact: Tensor = exact) -> None:
+        def watch(m: int, found: Found, exact: Tensor = exact) -> None:
             if m > 40:
-                errors.append(float((stacked(v) - exact).norm() / exact.norm()))
+                gap = (stacked(found.v) - exact).norm()
+                errors.append(float(gap / exact.norm()))
 
         settings = HGP(80, pushes, 0.3, power_steps=0)
         hypergradients(
@@ -406,6 +419,50 @@ def test_batches_leave_the_estimate_unbiased_unless_steps_share_them() -> None:
         found = mean(independent)
         torch.testing.assert_close(found, without, rtol=1e-12, atol=1e-14)
         assert float((mean(independent, shared=True) - without).norm()) > 1e-3
+
+
+# The estimate as a run.
+
+
+def test_a_run_records_every_step(run: Callable[..., Result]) -> None:
+    given = ("experiment=hypergrad_error", "data.test_samples=5", "device=cpu")
+    found = run("topology=complete", "rounds=60", quick=given)
+    steps = [r["hypergradient"] for r in found.records]
+    assert [r["round"] for r in found.records] == list(range(61))
+    # A server: the error is that of the series, which falls at a steady rate.
+    rates = [b["error"] / a["error"] for a, b in pairwise(steps[40:])]
+    assert 0.5 < min(rates) <= max(rates) < 0.99
+    assert max(rates) - min(rates) < 0.02
+    assert steps[-1]["messages"] == 6  # three clients, each to two others
+    assert found.records[-1]["strategy"]["link_bytes"] == 6 * (6 * 8 + 8)
+    assert found.summary["loss"] == found.records[0]["loss"] < math.log(2)
+    noisy = run("topology=complete", "rounds=60", "local.batch=20", quick=given)
+    assert abs(noisy.records[-1]["hypergradient"]["error"] - steps[-1]["error"]) > 0.01
+    again = run("topology=complete", "rounds=60", "local.batch=20", quick=given)
+    assert [r["hypergradient"] for r in again.records] == [
+        r["hypergradient"] for r in noisy.records
+    ]
+
+
+def test_flower_is_told_that_it_runs_in_one_process() -> None:
+    given = ("experiment=hypergrad_error", "rounds=1")
+    with pytest.raises(
+        UserError, match="estimate=hypergrad: is computed in one process"
+    ):
+        start(given, LocalGrid(to_run_config(given), 1))
+
+
+def test_the_task_stands_at_its_minimizer() -> None:
+    words = ("experiment=hypergrad_error", "data.test_samples=5", "device=cpu")
+    problem = logistic(setting(words))
+    x = problem.x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(problem.inner(x, problem.lambdas, None).sum(), x)
+    assert float(slope.mean(0).norm()) < 1e-12
+    assert float(slope.norm()) > 1e-3  # the clients' own minimizers lie elsewhere
+    found = conjugate_gradients(problem, steps=20)
+    torch.testing.assert_close(
+        stacked(found.v), stacked(closed_form(problem)), rtol=1e-8, atol=1e-10
+    )
 
 
 # Alpha, and other mistakes.
