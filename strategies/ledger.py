@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from strategies.algorithm import Client
 from strategies.faults import Mask
-from strategies.pushsum import BLOCK, WIDTH, Flight, State
+from strategies.network import Network
+from strategies.pushsum import BLOCK, WIDTH, Flight, Matrix, State
+from strategies.roster import Roster
 from strategies.topology import Floats
 
 #: Largest relative gap in the sums that rounding explains.
@@ -18,6 +21,34 @@ TOLERANCE = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-11}
 
 class Unbalanced(ValueError):
     """A network that cannot go on; the text says why in one line."""
+
+
+def opened(
+    value: Matrix, network: Network, weigh: Callable[[Client], float], roster: Roster
+) -> State:
+    """Return the state in which all clients that are there have the value (d,), in their weights.
+
+    Raises
+    ------
+    Unbalanced
+        If a client that the network starts with has not joined.
+    """
+    n = network.n
+    here = network.faults.present(0, n)
+    missing = sorted({*np.flatnonzero(here).tolist()} - roster.samples.keys())
+    if missing:
+        raise Unbalanced(
+            f"client {missing[0]} is not there: a network starts with all of its "
+            "clients; leave min_clients=0"
+        )
+    weights = np.zeros(n)
+    for k in np.flatnonzero(here).tolist():
+        weights[k] = weigh(roster.client(k))
+    weights *= here.sum() / weights.sum()
+    state = State.of(weights.astype(value.dtype)[:, None] * value)
+    # What x says, also where float32 cannot hold the weight: z is the value exactly.
+    state.w = weights.astype(value.dtype).astype(np.float64)
+    return state
 
 
 def audit(

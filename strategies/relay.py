@@ -12,7 +12,6 @@ mixing, and a gap ends the run.
 from __future__ import annotations
 
 import secrets
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import WARNING
 from typing import Any
@@ -34,10 +33,11 @@ from torch import Tensor
 
 from strategies.acceptance import Accepted, Round, add_bytes, replies_of
 from strategies.gossip import Carried, Gossip, Kept
-from strategies.ledger import Unbalanced, audit, distance, restored, saved, smallest
-from strategies.network import Network, Window, contraction, delivered
-from strategies.pushsum import State, hand_over, mix
+from strategies.ledger import audit, opened, restored, saved, smallest
+from strategies.network import Network
+from strategies.pushsum import hand_over, mix
 from strategies.roster import Roster
+from strategies.watch import Watch
 from strategies.wire import pack, weigh
 
 ACTION = "relay"
@@ -92,29 +92,14 @@ class Relay(Strategy):
         self.carried: Carried = {}
         self.kept: Kept = {}
         self.mass: dict[str, float] = {}
-        self.window = Window(network.n)
-        self._recent: deque[Any] = deque(maxlen=algorithm.tau)
+        self.watch = Watch(network, algorithm.tau)
         self._asked: dict[int, tuple[list[int], list[int]]] = {}
         self._told: dict[str, Any] = {}
 
     def _begin(self) -> None:
         """Give every client that is there from the start the model, in its weight."""
-        n, roster = self.network.n, self.roster
-        here = self.network.faults.present(0, n)
-        missing = sorted({*np.flatnonzero(here).tolist()} - roster.samples.keys())
-        if missing:
-            raise Unbalanced(
-                f"client {missing[0]} is not there: a network starts with all of its "
-                "clients; leave min_clients=0"
-            )
-        weights = np.zeros(n)
-        for k in np.flatnonzero(here).tolist():
-            weights[k] = self.algorithm.weight(roster.client(k))
-        weights *= here.sum() / weights.sum()
         value = torch.cat([self.server["theta"], self.buffers]).numpy()
-        model = State.of(weights.astype(value.dtype)[:, None] * value)
-        # What x says, also where float32 cannot hold the weight: z is the model exactly.
-        model.w = weights.astype(value.dtype).astype(np.float64)
+        model = opened(value, self.network, self.algorithm.weight, self.roster)
         self.weights = model.w.copy()
         self.carried, self.kept = self.algorithm.start(model)
 
@@ -253,8 +238,7 @@ class Relay(Strategy):
                 self.mass = found
         present = faults.present(server_round - 1, self.network.n)
         smallest(self.carried["model"].w, present, self.algorithm.min_weight)
-        self._recent.append(delivered(self.links, faults.policy))
-        self.window.see(self.links, present)
+        self.watch.see(self.links, server_round - 1)
 
     def _say_goodbye(self, t: int) -> None:
         """Take out those who crash or leave as round t begins."""
@@ -274,19 +258,8 @@ class Relay(Strategy):
         whole = torch.from_numpy(mean).to(self.server["theta"].dtype)
         split = len(self.server["theta"])
         self.server, self.buffers = {"theta": whole[:split]}, whole[split:]
-        there = model.w > 0
-        arcs = int(self.links.P.nnz - np.count_nonzero(self.links.P.diagonal()))
-        vector = model.x.shape[1] * model.x.itemsize
-        message = len(self.carried) * vector + model.w.itemsize
         self._told = {
-            "consensus_distance": distance(model, mean),
-            "min_weight": float(model.w[there].min()),
-            "contraction": contraction(list(self._recent)),
-            "window": self.window.longest,
-            "links": arcs,
-            "links_lost": int(self.links.lost.nnz),
-            "bytes_per_link": message,
-            "link_bytes": arcs * message,
+            **self.watch.told(self.links, model, mean, len(self.carried)),
             "mass": self.mass,
             **self.algorithm.audit(self.carried, self.kept),
         }
@@ -329,7 +302,7 @@ class Relay(Strategy):
             "run": self.key,
             "done": self.round.number,
             "lost": {n: s.lost_w for n, s in self.carried.items()},
-            "window": [self.window.longest, self.window.length],
+            "window": self.watch.state(),
         }
         return tensors, rest
 
@@ -347,12 +320,4 @@ class Relay(Strategy):
         }
         self.ledger = {int(k): r for k, r in rest["ledger"].items()}
         self.roster.mean_samples, self.key = rest["mean_samples"], rest["run"]
-        # P(t) is a pure function: what was seen of the network is looked at again.
-        done = int(rest["done"])
-        longest, length = rest["window"]
-        faults, n = self.network.faults, self.network.n
-        for t in range(max(0, done - self.algorithm.tau), done):
-            self._recent.append(delivered(self.network.at(t), faults.policy))
-        for t in range(done - length, done):
-            self.window.see(self.network.at(t), faults.present(t, n))
-        self.window.longest = longest
+        self.watch.restore(int(rest["done"]), rest["window"])
