@@ -32,14 +32,8 @@ from app.host import Setting, setting
 from app.resume import describe
 from app.rundir import RunDir
 from app.summary import summarize
-from strategies.hypergrad import (
-    HGP,
-    Found,
-    Lambdas,
-    Problem,
-    closed_form,
-    hypergradients,
-)
+from strategies.hypergrad import HGP, hypergradients
+from strategies.hyperproblem import Found, Lambdas, Problem, closed_form
 from strategies.randomness import permutations
 
 #: Newton's steps; from zero, a logistic regression with a minimizer takes about ten.

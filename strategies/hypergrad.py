@@ -22,29 +22,24 @@ The weight belongs to the pushed vector alone: that of training is not touched. 
 estimate is unbiased, since J of one step multiplies H of earlier ones only, and each step draws
 anew; whether its two products share a batch is a question of cost and of variance.
 
-`Problem` is what the clients can evaluate. All are handled at once: costs are functions of stacked
-vectors whose entry i depends on client i's row alone.
+What the clients can evaluate, and exact ways to the same derivatives, are in `hyperproblem.py`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from strategies.hyperproblem import Found, Lambdas, Problem, Products
 from strategies.network import Network
 from strategies.pushsum import average
 from strategies.randomness import normals
-
-#: Hyper-parameters, or derivatives by them: a vector (p_i,) for each client.
-Lambdas = tuple[Tensor, ...]
-#: ``draw(purpose, k)`` gives the k-th batches of a purpose, in whatever form the cost takes them.
-Draw = Callable[[str, int], Any]
 
 
 @dataclass(frozen=True)
@@ -82,112 +77,8 @@ class HGP:
             )
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What n clients can evaluate.
-
-    Attributes
-    ----------
-    inner : callable
-        ``inner(x, lambdas, batch)``: the training costs f_i, (n,), at x (n, d). ``batch`` is what
-        ``draw`` gave, None for all samples.
-    outer : callable
-        ``outer(x, lambdas)``: the outer costs F_i, (n,), regularizers of l_i included.
-    x : Tensor
-        Where: the clients' models (n, d), near the common minimizer.
-    lambdas : tuple of Tensor
-        The clients' hyper-parameters.
-    draw : callable or None
-        Batches for the products; None takes all samples.
-    """
-
-    inner: Callable[[Tensor, Lambdas, Any], Tensor]
-    outer: Callable[[Tensor, Lambdas], Tensor]
-    x: Tensor
-    lambdas: Lambdas
-    draw: Draw | None = None
-
-    def __post_init__(self) -> None:
-        if self.x.ndim != 2 or len(self.x) != len(self.lambdas):
-            raise ValueError(
-                f"x of shape {tuple(self.x.shape)} and hyper-parameters of "
-                f"{len(self.lambdas)} clients: a row and a vector for each client"
-            )
-
-
-@dataclass(frozen=True)
-class Found:
-    """An estimate and what it cost.
-
-    Attributes
-    ----------
-    v : tuple of Tensor
-        (p_i,) for each client, which keeps it.
-    exchanges : int
-        How often vectors were averaged.
-    messages, bytes : int
-        Sent over arcs, a vector and its weight in each.
-    """
-
-    v: Lambdas
-    exchanges: int
-    messages: int
-    bytes: int
-
-
 #: ``watch(m, found)`` sees the estimate after m steps, from 0.
 Watch = Callable[[int, Found], None]
-
-
-class Products:
-    """H_i z_i and J_i' z_i of all clients, by differentiating the gradients once more.
-
-    Without batches the gradients' graph is made once and serves every product.
-    """
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.x = problem.x.detach().clone().requires_grad_()
-        self.lambdas = tuple(
-            v.detach().clone().requires_grad_() for v in problem.lambdas
-        )
-        self._gradient = self._at(None) if problem.draw is None else None
-
-    def outer(self) -> tuple[Tensor, Lambdas]:
-        """Return dF_i/dx (n, d) and dF_i/dl_i."""
-        cost = self.problem.outer(self.x, self.lambdas).sum()
-        x, *lambdas = torch.autograd.grad(
-            cost, (self.x, *self.lambdas), materialize_grads=True
-        )
-        return x, tuple(lambdas)
-
-    def hessian(self, z: Tensor, purpose: str, k: int) -> Tensor:
-        """Return H_i z_i, (n, d)."""
-        return self._pull(z, purpose, k, (self.x,))[0]
-
-    def cross(self, z: Tensor, purpose: str, k: int) -> Lambdas:
-        """Return J_i' z_i."""
-        return self._pull(z, purpose, k, self.lambdas)
-
-    def both(self, z: Tensor, purpose: str, k: int) -> tuple[Tensor, Lambdas]:
-        """Return both, from the same batches."""
-        x, *lambdas = self._pull(z, purpose, k, (self.x, *self.lambdas))
-        return x, tuple(lambdas)
-
-    def _at(self, batch: Any) -> Tensor:
-        cost = self.problem.inner(self.x, self.lambdas, batch).sum()
-        (gradient,) = torch.autograd.grad(cost, self.x, create_graph=True)
-        return gradient
-
-    def _pull(
-        self, z: Tensor, purpose: str, k: int, by: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        draw, gradient = self.problem.draw, self._gradient
-        if gradient is None:
-            gradient = self._at(None if draw is None else draw(purpose, k))
-        return torch.autograd.grad(
-            gradient, by, z, retain_graph=draw is None, materialize_grads=True
-        )
 
 
 class Links:
@@ -320,76 +211,3 @@ def _judge(alpha: float, found: Tensor) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-def conjugate_gradients(
-    problem: Problem, steps: int = 50, tolerance: float = 1e-10
-) -> Found:
-    """Return the hyper-gradients by conjugate gradients, where there is a server.
-
-    The server solves H y = g with one exact average of H_i p an iteration, then sends y to all:
-    v_i = (1/n) (dF_i/dl_i - J_i' y). At most d iterations in exact arithmetic, about
-    sqrt(condition) where HGP takes condition many; a network's inexact averages would break the
-    conjugacy, so there is no such version of it.
-
-    Parameters
-    ----------
-    problem : Problem
-        Without batches: the iteration needs the same H throughout.
-    steps : int
-        At most so many iterations.
-    tolerance : float
-        Ends where the residual is so small beside g.
-
-    Raises
-    ------
-    ValueError
-        If the problem draws batches, or H is not positive definite.
-    """
-    if problem.draw is not None:
-        raise ValueError(
-            "conjugate gradients need all samples in every product; take HGP for batches"
-        )
-    products, n = Products(problem), len(problem.x)
-    by_x, by_lambda = products.outer()
-    residual = by_x.mean(0)
-    y, p, square = torch.zeros_like(residual), residual, residual @ residual
-    goal, exchanges = square * tolerance**2, 1
-    for _ in range(steps):
-        if square <= goal:
-            break
-        curved = products.hessian(p.expand(n, -1).contiguous(), "", 0).mean(0)
-        exchanges += 1
-        bend = p @ curved
-        if bend <= 0:
-            raise ValueError(
-                f"the mean Hessian is not positive definite (p'Hp = {float(bend):.3g}): the "
-                "models are not at a minimum"
-            )
-        y = y + square / bend * p
-        residual = residual - square / bend * curved
-        before, square = square, residual @ residual
-        p = residual + square / before * p
-    cross = products.cross(y.expand(n, -1).contiguous(), "", 0)
-    v = tuple((a - b) / n for a, b in zip(by_lambda, cross, strict=True))
-    # Up and down for each client in an exchange, and y down at the end.
-    messages = n * (2 * exchanges + 1)
-    return Found(v, exchanges, messages, messages * y.numel() * y.element_size())
-
-
-def closed_form(problem: Problem) -> Lambdas:
-    """Return the exact hyper-gradients, from d products with unit vectors and one solve.
-
-    Of all samples, even if the problem draws batches; for small models, at the minimizer. It is
-    what estimates are held against.
-    """
-    products, (n, d) = Products(replace(problem, draw=None)), problem.x.shape
-    unit = torch.eye(d).to(problem.x)
-    columns = [
-        products.hessian(unit[k].expand(n, d).contiguous(), "", 0).mean(0)
-        for k in range(d)
-    ]
-    by_x, by_lambda = products.outer()
-    y = torch.linalg.solve(torch.stack(columns, 1), by_x.mean(0))
-    cross = products.cross(y.expand(n, d).contiguous(), "", 0)
-    return tuple((a - b) / n for a, b in zip(by_lambda, cross, strict=True))

@@ -24,15 +24,13 @@ from strategies import topology
 from strategies.fad import Clients, broadcast, federated_map, federated_mean
 from strategies.fad_site import Site, register
 from strategies.fad_wire import InProcess
-from strategies.hypergrad import (
-    HGP,
+from strategies.hypergrad import HGP, hypergradients, largest_eigenvalue
+from strategies.hyperproblem import (
     Found,
     Lambdas,
     Problem,
     closed_form,
     conjugate_gradients,
-    hypergradients,
-    largest_eigenvalue,
 )
 from strategies.network import Network
 from strategies.pushsum import State
