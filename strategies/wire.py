@@ -134,6 +134,8 @@ def weigh(content: RecordDict) -> dict[str, int]:
     size = {"model": 0, "state": 0, "metrics": 0}
     for record in content.values():
         for name, value in record.items():
+            if name == "state_dir":  # where a simulation keeps memories is no traffic
+                continue
             if isinstance(value, Array):
                 kind = "model" if name in MODEL else "state"
                 size[kind] += len(value.data) + len(name)
