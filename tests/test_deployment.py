@@ -163,6 +163,7 @@ def test_plain_http_is_not_answered(deployment: Deployment) -> None:
     assert b"200" not in answer
 
 
+@pytest.mark.long
 def test_kill_9_and_the_model_is_the_undisturbed_one(
     deployment: Deployment, run: Door
 ) -> None:
