@@ -14,6 +14,7 @@ memory and under the same versions as the algorithm's own.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Literal
 
@@ -27,7 +28,7 @@ from strategies.objective import Objective
 Moments = Literal["persist", "reset"]
 
 
-class Optimizer:
+class Optimizer(ABC):
     """What every local optimizer is; the defaults are those of a first-order one."""
 
     @property
@@ -50,6 +51,7 @@ class Optimizer:
         """The state's vector along which every step wants the Hessian's product, or none."""
         return ""
 
+    @abstractmethod
     def init(self, theta: Tensor, memory: Mapping[str, Tensor]) -> Vectors:
         """Return the state before the first local step, the kept vectors from ``memory``.
 
@@ -57,7 +59,6 @@ class Optimizer:
         optimizer whose steps are linear in the directions: the total weight with which they
         entered theta.
         """
-        raise NotImplementedError
 
     def fresh(self, theta: Tensor) -> Vectors:
         """Return the kept vectors of a client that has not taken part yet."""
@@ -86,6 +87,7 @@ class Optimizer:
         """Return the state after an estimate of the Hessian's diagonal, shape (d,)."""
         raise NotImplementedError
 
+    @abstractmethod
     def step(
         self, theta: Tensor, direction: Tensor, state: Vectors, round_: int
     ) -> tuple[Tensor, Vectors]:
@@ -94,7 +96,6 @@ class Optimizer:
         With ``along``, ``state["product"]`` is the derivative of the direction along it.
         ``theta`` belongs to this training: its memory may be reused for the result.
         """
-        raise NotImplementedError
 
     def told(self, state: Vectors) -> Vectors:
         """Return numbers about one local training for the round's record, 0-dim tensors."""

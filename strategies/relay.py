@@ -78,14 +78,12 @@ class Relay(Strategy):
         self.algorithm, self.network = algorithm, network
         self.server, self.buffers = {"theta": theta}, buffers
         self.roster = Roster(network.n, 0, seed)
-        self.per_round = per_round
+        self.per_round, self.min_replies = per_round, min_replies
         self.evaluate_every, self.evaluate_clients = evaluate_every, evaluate_clients
         self.work, self.metrics = work, metrics
-        self.min_replies = min_replies
         self.ledger: dict[int, int] = {}
         self.probes: dict[int, float] = {}  # there is no server vector to audit by them
-        self.keep = 0
-        self.state_dir = ""
+        self.keep, self.state_dir = 0, ""
         # Tells this run from others in a node's own directory; a resumed run keeps it.
         self.key = secrets.token_hex(8)
         self.round = Round(0)
@@ -134,8 +132,7 @@ class Relay(Strategy):
         )
 
     def _has_mass(self, k: int) -> bool:
-        """Return whether client k has a model: one that has just joined has none yet."""
-        return bool(self.carried["model"].w[k] > 0)
+        return bool(self.carried["model"].w[k] > 0)  # one that has just joined has none
 
     def _evaluators(self, trained: list[int]) -> list[int]:
         if self.evaluate_clients == "none":
