@@ -56,9 +56,11 @@ def compose(overrides: tuple[str, ...]) -> DictConfig:
             parsed.append(OverridesParser.create().parse_override(text))
         except HydraException as error:
             raise UserError(f"'{text}' is not key=value: {first_line(error)}") from None
-    for override in parsed:
+    for text, override in zip(overrides, parsed, strict=True):
         key, value = override.key_or_group, override.value()
         chosen = isinstance(value, str) or (key in PRESETS and value is None)
+        if key in GROUPS and override.is_add():
+            raise UserError(f"'{text}': write {key}={value}, without the plus")
         if key in GROUPS and not chosen:
             raise UserError(f"{key}={value}: choose one of {', '.join(names(key))}")
         if key.partition(".")[0] == "study":

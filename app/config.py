@@ -44,6 +44,8 @@ FIRST_CLASS = (
     "output_dir",
     "resume",
 )
+#: Nodes of Flower's simulation beyond which a round would cost seconds before any training.
+MOST_NODES = 2000
 #: Settings that say where a run happens, not what it computes.
 PLACE = (
     "output_dir",
@@ -195,6 +197,11 @@ def _check(config: Config) -> None:
     if config.min_clients > config.clients + config.holdout_clients:
         raise UserError(
             f"min_clients={config.min_clients} is more than there are clients"
+        )
+    if config.runtime == "flower" and config.nodes > MOST_NODES:
+        raise UserError(
+            f"nodes={config.nodes}: Flower's simulation looks through all messages for each "
+            f"node, so take at most {MOST_NODES}; a node hosts any number of clients"
         )
     if config.program is not None:
         known(config.program)

@@ -176,6 +176,7 @@ def door(
         (["optimizer=sdg"], ["no optimizer is called 'sdg'", "sgd"]),
         (["strategy=fedyn,fedavg"], ["strategy"]),
         (["experiment=nothing"], ["experiment", "nothing"]),
+        (["+experiment=mnist"], ["write experiment=mnist"]),
         # A key that is not there.
         (["round=3"], ["no setting is called 'round'", "'rounds'?"]),
         (
@@ -241,6 +242,7 @@ def door(
         # Values that do not go together.
         (["clients=4", "clients_per_round=5"], ["clients_per_round=5", "clients=4"]),
         (["min_clients=99"], ["min_clients=99"]),
+        (["runtime=flower", "nodes=2001"], ["nodes=2001", "at most 2000"]),
         (["clients=2000"], ["2000"]),
         (["partition=iid", "clients=2000"], ["2000"]),
         # Not an override at all.
