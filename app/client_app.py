@@ -7,13 +7,13 @@ version of its memory, and the clients that evaluate the received model.
 from __future__ import annotations
 
 import time
-from typing import cast
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from app import relay_node
-from app.node import Node, evaluate, received, remembered, respond, train_all
+from app.judging import evaluate, received
+from app.node import Node, remembered, respond, train_all
 from strategies.algorithm import Client, Vectors
 from strategies.fad_wire import pack_answer
 from strategies.mean import Mean
@@ -44,8 +44,7 @@ def work(message: Message, context: Context) -> Message:
     sizes = {**{n: len(v) for n, v in names.items()}, "buffers": len(buffers)}
     arrived = unpack(message.content.array_records["down"], sizes, theta.dtype)
     down = {n: v.to(node.config.torch_device) for n, v in arrived.items()}
-    judges = cast(list[int], order["evaluate"])
-    evaluated = evaluate(run, lambda: received(node, run, down, judges))
+    evaluated = evaluate(run, lambda: received(node, run, down, order, context))
     mean, weight = Mean(), run.algorithm.weight
 
     def collect(clients: list[Client], up: Vectors) -> None:

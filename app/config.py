@@ -93,6 +93,7 @@ class Config(Model):
     evaluate_every: Annotated[int, Field(ge=0)]
     evaluate_clients: Literal["all", "cohort", "none"]
     client_test: Annotated[float, Field(ge=0, lt=1)]
+    client_validation: Annotated[float, Field(ge=0, lt=1)]
     targets: list[Annotated[float, Field(gt=0, le=1)]]
     stop: Stop
     output_dir: str
@@ -202,6 +203,11 @@ def _check(config: Config) -> None:
         raise UserError(
             f"nodes={config.nodes}: Flower's simulation looks through all messages for each "
             f"node, so take at most {MOST_NODES}; a node hosts any number of clients"
+        )
+    if config.client_test + config.client_validation >= 1:
+        raise UserError(
+            f"client_test={config.client_test} and client_validation="
+            f"{config.client_validation} leave nothing to train on"
         )
     if config.program is not None:
         known(config.program)

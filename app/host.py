@@ -38,12 +38,14 @@ class Samples:
 
     Attributes
     ----------
-    train, test : Part
-        Its training samples, and those kept for its own evaluation (possibly none).
+    train, test, validation : Part
+        Its training samples, and those kept for its own evaluation (possibly none): what is told
+        in the end, and what may decide.
     """
 
     train: Part
     test: Part
+    validation: Part
 
     @functools.cached_property
     def entropy(self) -> float:
@@ -111,22 +113,28 @@ def place(part: Split, device: torch.device, dtype: torch.dtype) -> Split:
 def split(samples: Split, indices: np.ndarray, config: Config, k: int) -> Samples:
     """Cut client k's samples into training and test, at a seeded place of their order."""
     index = torch.from_numpy(indices)
-    kept = _kept(config, len(index), k)
+    test, validation = _kept(config, len(index), k)
     order = permutations(config.seed, "split", 0, [k], len(index))[0]
-    train, test = index[order[kept:]].sort().values, index[order[:kept]].sort().values
+    ends = [test, validation, len(index) - test - validation]
     x, y = samples.x, samples.y
-    return Samples(Part(x, y, train.to(x.device)), Part(x, y, test.to(x.device)))
+    cut = [p.sort().values.to(x.device) for p in torch.split(index[order], ends)]
+    return Samples(*(Part(x, y, rows) for rows in (cut[2], cut[0], cut[1])))
 
 
-def _kept(config: Config, count: int, k: int) -> int:
-    """Return how many of a client's samples are kept from training."""
-    kept = round(count * config.client_test)
-    if config.client_test and kept in (0, count):
-        raise UserError(
-            f"client_test={config.client_test}: client {k} has {count} samples, "
-            "too few to keep some for training and some for testing"
-        )
-    return kept
+def _kept(config: Config, count: int, k: int) -> tuple[int, int]:
+    """Return how many of a client's samples are kept from training: for test and validation."""
+    shares = {
+        "client_test": config.client_test,
+        "client_validation": config.client_validation,
+    }
+    kept = {name: round(count * share) for name, share in shares.items()}
+    for name, share in shares.items():
+        if share and (not kept[name] or sum(kept.values()) >= count):
+            raise UserError(
+                f"{name}={share}: client {k} has {count} samples, "
+                "too few to keep some for training and some for testing"
+            )
+    return kept["client_test"], kept["client_validation"]
 
 
 @functools.lru_cache(maxsize=2)
@@ -242,13 +250,23 @@ def local_samples(path: str, label: str, overrides: tuple[str, ...]) -> Samples:
     if classes and int(dataset.train.y.max()) >= classes:
         raise UserError(f"{path}: has more classes than the run's {classes}")
     device, dtype = config.torch_device, config.torch_dtype
-    parts = (place(p, device, dtype) for p in (dataset.train, dataset.test))
-    return Samples(*map(whole, parts))
+    train, test = (place(p, device, dtype) for p in (dataset.train, dataset.test))
+    if not config.client_validation:
+        return Samples(whole(train), whole(test), nothing(train))
+    # Its test set is what it says; only the validation samples are taken from training.
+    rows = np.arange(len(train.y))
+    cut = split(train, rows, config.model_copy(update={"client_test": 0.0}), 0)
+    return Samples(cut.train, whole(test), cut.validation)
 
 
 def whole(part: Split) -> Part:
     """Return all rows of a split."""
     return Part(part.x, part.y, torch.arange(len(part.y), device=part.y.device))
+
+
+def nothing(part: Split) -> Part:
+    """Return no rows of a split."""
+    return Part(part.x, part.y, torch.arange(0, device=part.y.device))
 
 
 def source(

@@ -6,7 +6,6 @@ A client that fails is named in the report and left out of the node's mean.
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from logging import WARNING
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from app.config import from_run_config, load
 from app.host import hosted, objective, setting, source, trainer
+from app.judging import brief
 from app.programs import program_of
 from app.store import (
     ContextStore,
@@ -90,52 +90,6 @@ def _probe(seed: int, size: int) -> Tensor:
     return probe_direction(seed, size)
 
 
-Scores = dict[int, dict[str, Any]]
-
-
-def evaluate(run: Trainer, scores: Callable[[], Scores]) -> dict[str, Any]:
-    """Return the report's part on what each client measured, without those that failed."""
-    columns = ["samples", "held_out", "loss"]
-    if run.objective.classification:
-        columns.append("accuracy")
-    try:
-        rows = scores()
-    except Exception as error:  # an evaluation that fails must not cost the training
-        log(WARNING, "evaluation failed: %s", _told(error))
-        rows = {}
-    rows = {k: row for k, row in rows.items() if math.isfinite(row["loss"])}
-    report: dict[str, Any] = {
-        f"eval_{n}": [r[n] for r in rows.values()] for n in columns
-    }
-    return {"evaluated": list(rows), **report}
-
-
-def received(node: Node, run: Trainer, down: Vectors, clients: list[int]) -> Scores:
-    """Return what each client measures with the received model on its own samples.
-
-    Clients that share their tensors are judged together, in large batches.
-    """
-    parts = [node.samples(k).judged() for k in clients]
-    if not parts:
-        return {}
-    shared = parts[0][1]  # a node's clients share their tensors, or it hosts only one
-    index, sizes = torch.cat([p.index for _, p in parts]), [len(p) for _, p in parts]
-    losses, hits = run.objective.scores(
-        down["theta"], down["buffers"], shared.x, shared.y, index
-    )
-    loss = [float(v.mean()) for v in torch.split(losses, sizes)]
-    share = [0.0] * len(parts)
-    if run.objective.classification:
-        share = [float(v.mean()) for v in torch.split(hits.to(torch.float64), sizes)]
-    names = ("samples", "held_out", "loss", "accuracy")
-    held_out = [int(kept) for kept, _ in parts]
-    rows = zip(sizes, held_out, loss, share, strict=True)
-    return {
-        k: dict(zip(names, row, strict=True))
-        for k, row in zip(clients, rows, strict=True)
-    }
-
-
 def train_all(
     node: Node,
     run: Trainer,
@@ -178,7 +132,7 @@ def train_all(
     try:
         store = node.store(context, order)
     except OSError as error:  # a disk that is full or read-only costs all its clients
-        faults |= dict.fromkeys(map(str, named), f"state-dir: {_told(error)}")
+        faults |= dict.fromkeys(map(str, named), f"state-dir: {brief(error)}")
         named = {}
     for k, version in named.items():
         try:
@@ -191,7 +145,7 @@ def train_all(
             faults[str(k)] = str(error)[:300]
             lost.append(k)
         except Exception as error:
-            faults[str(k)] = _told(error)
+            faults[str(k)] = brief(error)
     device = node.config.torch_device
     engine = choose(node.config.engine, run.objective, len(jobs), device)
     rows: list[list[float]] = []
@@ -210,7 +164,7 @@ def train_all(
                     remember(store, k, round_, named[k], keep, memory)
                     probe = _audit(run, memory)
             except Exception as error:
-                faults[str(k)] = _told(error)
+                faults[str(k)] = brief(error)
                 continue
             good.append(row)
             counts = trained.steps[row], trained.gradients[row]
@@ -273,13 +227,13 @@ def _safely(
         log(
             WARNING,
             "vectorized training failed (%s); client after client",
-            _told(error),
+            brief(error),
         )
     for job in jobs:
         try:
             yield from list(train(run, down, [job], round_))
         except Exception as error:
-            faults[str(job.client.id)] = _told(error)
+            faults[str(job.client.id)] = brief(error)
 
 
 def _audit(run: Trainer, memory: Vectors) -> float:
@@ -288,10 +242,6 @@ def _audit(run: Trainer, memory: Vectors) -> float:
         return 0.0
     vector = memory[run.algorithm.mirror[0]].to("cpu", torch.float64)
     return float(vector @ _probe(run.seed, len(vector)))
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
 
 
 def respond(node: Node, content: RecordDict) -> Answer:

@@ -6,8 +6,9 @@ that trained. A row holds the parameters and then the buffers.
 
 from __future__ import annotations
 
+import functools
 import time
-from typing import Any, cast
+from typing import cast
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from app.binding import bind
 from app.host import setting
-from app.node import Node, Scores, evaluate, train_all
-from strategies.algorithm import Client, Vectors
+from app.judging import Scores, evaluate, individually, score, scored
+from app.node import Node, train_all
+from strategies.algorithm import Client, Individual, Vectors
 from strategies.gossip import Gossip
 from strategies.local import Part, Trainer
 from strategies.randomness import permutations
@@ -31,7 +33,7 @@ def work(message: Message, context: Context) -> Message:
     run = node.trainer()
     rows = cast(list[int], order["rows"])
     own = _own(message, run, rows)
-    evaluated = evaluate(run, lambda: _judged(node, run, order, own))
+    evaluated = evaluate(run, lambda: _judged(node, run, order, context, own))
     down = next(iter(own.values())) if own else {}
     changes: dict[int, Tensor] = {}
 
@@ -68,16 +70,31 @@ def _own(message: Message, run: Trainer, rows: list[int]) -> dict[int, Vectors]:
 
 
 def _judged(
-    node: Node, run: Trainer, order: ConfigRecord, own: dict[int, Vectors]
+    node: Node,
+    run: Trainer,
+    order: ConfigRecord,
+    context: Context,
+    own: dict[int, Vectors],
 ) -> Scores:
-    """Return what each client measures with its own model."""
+    """Return what each client measures with its own model.
+
+    On common samples that is the model that it carries; on its own, what its algorithm makes of it.
+    """
     gossip = bind("strategy", node.config.strategy)()
     assert isinstance(gossip, Gossip), "the relay drives no other"
     common = _test(node, gossip.judge_samples) if gossip.judge == "test" else None
-    return {
-        k: _score(node, run, k, own[k], common)
-        for k in cast(list[int], order["evaluate"])
-    }
+    clients = cast(list[int], order["evaluate"])
+    if common is None and isinstance(run.algorithm, Individual):
+        return individually(node, run, own, order, context)
+    found: Scores = {}
+    for k in clients:
+        net = run.objective.net(own[k]["buffers"])
+        predict = functools.partial(net, own[k]["theta"])
+        if common is None:
+            found[k] = scored(run, predict, node, k)
+        else:
+            found[k] = score(run, predict, common) | {"held_out": 1}
+    return found
 
 
 def _test(node: Node, most: int) -> Part | None:
@@ -87,19 +104,3 @@ def _test(node: Node, most: int) -> Part | None:
         return None
     order = permutations(node.config.seed, "judge", 0, [0], len(test.y))[0]
     return Part(test.x, test.y, order[:most].sort().values.to(test.x.device))
-
-
-def _score(
-    node: Node, run: Trainer, k: int, model: Vectors, common: Part | None
-) -> dict[str, Any]:
-    """Return loss and accuracy of client k's model, on common samples or its own."""
-    held_out, part = (True, common) if common else node.samples(k).judged()
-    place = model["theta"], model["buffers"], part.x, part.y, part.index
-    losses, hits = run.objective.scores(*place)
-    right = hits.to(torch.float64).mean() if run.objective.classification else 0.0
-    return {
-        "samples": len(part),
-        "held_out": int(held_out),
-        "loss": float(losses.mean()),
-        "accuracy": float(right),
-    }

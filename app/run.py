@@ -28,7 +28,7 @@ from app.records import read_rounds
 from app.resume import describe, find_unfinished
 from app.rounds import Rounds
 from app.rundir import RunDir
-from app.summary import clients_block, line, summarize, training_block
+from app.summary import chosen, clients_block, line, summarize, training_block
 from strategies.engine import unfit
 from strategies.ledger import Unbalanced
 from strategies.objective import Objective
@@ -178,7 +178,7 @@ class Run:
             "status": stopped or "finished",
             "name": self.directory.path.name,
             **summarize(config, self.records),
-            "clients": clients_block(list(self.federation.round.rows.values())),
+            "clients": self._clients(),
             "seconds": time.perf_counter() - began,
         }
         self.say(self.directory.finish(summary, self._tensors()))
@@ -207,7 +207,10 @@ class Run:
         every = self.config.evaluate_every
         if (every and round_ % every == 0) or round_ == self.config.rounds:
             record |= self._evaluate()
-        record["clients"] = clients_block(rows) | {
+        told_by = clients_block(rows)
+        if best := chosen(self.records, round_, told_by):
+            told_by["chosen"] = best
+        record["clients"] = told_by | {
             "cohort": told.accepted,
             "failed": {str(k): why for k, why in told.failed.items()},
         }
@@ -261,6 +264,12 @@ class Run:
         federation.aggregate_evaluate(last, replies)
         rows = federation.round.rows
         self.directory.clients([rows[k] for k in sorted(rows)])
+
+    def _clients(self) -> dict[str, Any]:
+        """Return what the clients measured in the end, and in the round that validation chose."""
+        found = clients_block(list(self.federation.round.rows.values()))
+        best = chosen(self.records, self.records[-1]["round"] + 1, found)
+        return {**found, "chosen": best} if best else found
 
     def _ask_callbacks(self, record: dict[str, Any]) -> str:
         """Show the record to the callbacks, add their metrics, and return why to stop."""

@@ -45,6 +45,8 @@ COLUMNS = (
     "samples",
     "loss",
     "accuracy",
+    "validation_loss",
+    "validation_accuracy",
     "train_loss",
     "steps",
     "gradients",

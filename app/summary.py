@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from app.config import Config
+from strategies.acceptance import SCORES
 
 
 def line(record: dict[str, Any], rounds: int, pace: float) -> str:
@@ -71,7 +72,7 @@ def summarize(config: Config, records: Sequence[dict[str, Any]]) -> dict[str, An
 
 
 def clients_block(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return mean and bottom decile over clients of what they measured on the received model."""
+    """Return mean and bottom decile over clients of what each measured on its own samples."""
     block: dict[str, Any] = {}
     trained = [r for r in rows if "train_loss" in r]
     if trained:
@@ -80,7 +81,7 @@ def clients_block(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             sum(r["train_loss"] * r["samples"] for r in trained) / weight
         )
     for role, prefix in (("train", ""), ("holdout", "holdout_")):
-        for metric in ("loss", "accuracy"):
+        for metric in SCORES:
             values = torch.tensor(
                 [r[metric] for r in rows if r["role"] == role and metric in r],
                 dtype=torch.float64,
@@ -90,6 +91,36 @@ def clients_block(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             if len(values) and metric == "accuracy":
                 block[f"{prefix}{metric}_decile"] = float(values.quantile(0.1))
     return block
+
+
+def chosen(
+    before: Sequence[dict[str, Any]], round_: int, block: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what clients told in the round that validation prefers, of all up to this one.
+
+    The mean accuracy on the clients' validation samples decides, without one the mean loss; of
+    equal rounds the first. Empty where nothing was kept for validation.
+
+    Parameters
+    ----------
+    before : sequence of dict
+        The records of earlier rounds.
+    round_ : int
+        This one.
+    block : dict
+        What its clients told (see `clients_block`).
+    """
+    told = [r["clients"].get("chosen") for r in before if "clients" in r]
+    best: dict[str, Any] = next((c for c in reversed(told) if c), {})
+
+    def rank(found: dict[str, Any]) -> float:
+        worst = -found["validation_loss_mean"]
+        return float(found.get("validation_accuracy_mean", worst))
+
+    if "validation_loss_mean" not in block or (best and rank(best) >= rank(block)):
+        return best
+    names = [n for n in block if n.split("_")[0] in ("loss", "accuracy", "validation")]
+    return {"round": round_, **{n: block[n] for n in names}}
 
 
 def training_block(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -24,6 +24,9 @@ TRAINED = ("samples", "train_loss", "steps", "gradients", "seconds", "probe")
 #: What nodes may keep to themselves.
 PRIVATE = {"train_loss"}
 EVALUATED = ("eval_samples", "eval_held_out", "eval_loss")
+#: The scores of a classification, and those on the samples that may decide.
+SCORES = ("loss", "accuracy", "validation_loss", "validation_accuracy")
+OPTIONAL = tuple(f"eval_{name}" for name in SCORES[1:])
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,7 @@ def accept(
     if columns["samples"] != [roster.samples[k] for k in trained]:
         raise Refused("report: samples differ from the roll call")
     scores = {n: numbers(report, n, len(evaluated)) for n in EVALUATED}
-    if "eval_accuracy" in report:
-        scores["eval_accuracy"] = numbers(report, "eval_accuracy", len(evaluated))
+    scores |= {n: numbers(report, n, len(evaluated)) for n in OPTIONAL if n in report}
     told = {n: numbers(report, f"metrics.{n}", len(trained)) for n in metrics or ()}
     busy = numbers(report, "busy", 1)[0]
     counts = [*columns["steps"], *columns["gradients"]]
@@ -286,7 +288,7 @@ class Round:
                 "samples": roster.samples[k],
                 "split": "test" if reply.scores["eval_held_out"][i] else "train",
             }
-            for name in ("loss", "accuracy"):
+            for name in SCORES:
                 if f"eval_{name}" in reply.scores:
                     rows[k][name] = reply.scores[f"eval_{name}"][i]
         if reply.trained:

@@ -12,7 +12,7 @@ is the clients whose replies were accepted in a round.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 Vectors = dict[str, Tensor]
+#: ``net(theta, x)``: the outputs (B, ...) of the model at a vector (d,), in evaluation mode.
+Net = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,20 @@ class Witness(Protocol):
 
         ``gradient`` (d,) is the data's, unclipped, and ``loss`` the mean, a 0-dim tensor, both at
         the anchor.
+        """
+
+
+@runtime_checkable
+class Individual(Protocol):
+    """An algorithm whose clients each have a model of their own, and are judged with it."""
+
+    def predict(
+        self, net: Net, down: Mapping[str, Tensor], memory: Vectors, x: Tensor
+    ) -> Tensor:
+        """Return the outputs (B, ...) of a client's own model.
+
+        ``down`` is what the server sends now, or in a network without one what the client holds;
+        ``memory`` is of the client's last participation that counted, or `Algorithm.fresh`.
         """
 
 

@@ -32,7 +32,7 @@ from strategies.algorithm import Algorithm, Cohort, Vectors, sizes
 from strategies.mean import Mean
 from strategies.privacy import Privacy, Unprotected
 from strategies.randomness import generator
-from strategies.roster import Roster
+from strategies.roster import Roster, versions_of
 from strategies.wire import pack, unpack, weigh
 
 
@@ -147,7 +147,8 @@ class Federation(Strategy):
                 "round": server_round,
                 "train": mine,
                 "versions": [self.ledger.get(k, 0) for k in mine],
-                "evaluate": [k for k in evaluate if hosts[k] == node],
+                "evaluate": (judged := [k for k in evaluate if hosts[k] == node]),
+                **versions_of(self.algorithm, judged, self.ledger),
                 "keep": self.keep,
                 "mean_samples": self.roster.mean_samples,
                 **self.place(),

@@ -6,6 +6,7 @@ come out as vectors. Buffers are averaged between clients and never touched by a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from strategies.algorithm import Net
 from strategies.vector import Layout
 
 #: The target of a place that is padding, as torch marks it.
@@ -217,7 +219,20 @@ class Objective:
             self._placed = theta
         return self._parts
 
-    @torch.no_grad()
+    def net(self, buffers: Tensor) -> Net:
+        """Return the model in evaluation mode as a function of parameters and inputs."""
+        self.module.eval()
+
+        def net(theta: Tensor, x: Tensor) -> Tensor:
+            tensors = {
+                **self.layout.unflatten(theta),
+                **self.buffer_layout.unflatten(buffers),
+            }
+            outputs: Tensor = functional_call(self.module, tensors, (x,))
+            return outputs
+
+        return net
+
     def scores(
         self,
         theta: Tensor,
@@ -227,12 +242,25 @@ class Objective:
         index: Tensor | None = None,
         batch: int = 4096,
     ) -> tuple[Tensor, Tensor]:
-        """Judge samples one by one in evaluation mode, in large batches.
+        """Judge samples one by one with the model itself (see `judge`)."""
+        outputs = functools.partial(self.net(buffers), theta)
+        return self.judge(outputs, x, y, index, batch)
+
+    @torch.no_grad()
+    def judge(
+        self,
+        predict: Callable[[Tensor], Tensor],
+        x: Tensor,
+        y: Tensor,
+        index: Tensor | None = None,
+        batch: int = 4096,
+    ) -> tuple[Tensor, Tensor]:
+        """Judge samples one by one, in large batches.
 
         Parameters
         ----------
-        theta, buffers : Tensor
-            The model.
+        predict : callable
+            From inputs (B, ...) to outputs, logits in a classification.
         x, y : Tensor
             Samples (N, ...) and targets (N,).
         index : Tensor, optional
@@ -247,11 +275,6 @@ class Objective:
         hits : Tensor
             Whether the largest logit is the target's; empty in a regression.
         """
-        self.module.eval()
-        tensors = {
-            **self.layout.unflatten(theta),
-            **self.buffer_layout.unflatten(buffers),
-        }
         losses, hits = [], []
         for start in range(0, len(y) if index is None else len(index), batch):
             if index is None:
@@ -259,7 +282,7 @@ class Objective:
             else:
                 rows = index[start : start + batch]
                 part, target = x.index_select(0, rows), y.index_select(0, rows)
-            outputs = functional_call(self.module, tensors, (part,))
+            outputs = predict(part)
             losses.append(self.losses(outputs, target).to(torch.float64))
             if self.classification:
                 hits.append(outputs.argmax(-1) == target)

@@ -36,7 +36,7 @@ from strategies.gossip import Carried, Gossip, Kept
 from strategies.ledger import audit, opened, restored, saved, smallest
 from strategies.network import Network
 from strategies.pushsum import hand_over, mix
-from strategies.roster import Roster
+from strategies.roster import Roster, versions_of
 from strategies.watch import Watch
 from strategies.wire import pack, weigh
 
@@ -137,8 +137,7 @@ class Relay(Strategy):
     def _evaluators(self, trained: list[int]) -> list[int]:
         if self.evaluate_clients == "none":
             return []
-        everyone = self.evaluate_clients == "all"
-        who = self.roster.trainable() if everyone else trained
+        who = self.roster.trainable() if self.evaluate_clients == "all" else trained
         return [k for k in who if self._has_mass(k)]
 
     def _messages(
@@ -158,6 +157,7 @@ class Relay(Strategy):
                 "train": mine,
                 "versions": [self.ledger.get(k, 0) for k in mine],
                 "evaluate": judged,
+                **versions_of(self.algorithm.solver, judged, self.ledger),
                 "keep": self.keep,
                 "mean_samples": self.roster.mean_samples,
                 **self.place(),

@@ -7,7 +7,7 @@ late and takes part from the next round on.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from logging import WARNING
 
 import torch
@@ -15,7 +15,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from strategies.algorithm import Client
+from strategies.algorithm import Algorithm, Client, Individual
 from strategies.randomness import generator
 from strategies.wire import Refused, ids, numbers
 
@@ -168,3 +168,12 @@ class Roster:
         random = generator(self.seed, "cohort", server_round)
         ranks = torch.randperm(self.clients, generator=random).tolist()
         return sorted([k for k in ranks if k in self.hosts][:size])
+
+
+def versions_of(
+    algorithm: Algorithm, judged: list[int], ledger: Mapping[int, int]
+) -> dict[str, list[int]]:
+    """Return what names the memories by which clients are judged, if they are needed for it."""
+    if not isinstance(algorithm, Individual):
+        return {}
+    return {"evaluated_versions": [ledger.get(k, 0) for k in judged]}
