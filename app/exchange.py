@@ -33,12 +33,15 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> list[Me
     if not isinstance(grid, HttpGrid):
         return list(grid.send_and_receive(messages, timeout=timeout))
     began = time.monotonic()
-    waiting = set(grid.push_messages(messages))
+    sent = list(messages)
+    # None stands for a message that the SuperLink did not take: nobody will answer it.
+    ids = grid.push_messages(sent)
+    waiting = {name: m for name, m in zip(ids, sent, strict=False) if name is not None}
     replies: list[Message] = []
     while waiting:
-        arrived = list(grid.pull_messages(waiting))
-        replies += arrived
-        waiting -= {m.metadata.reply_to_message_id for m in arrived}
+        for reply in grid.pull_messages(list(waiting)):
+            if asked := waiting.pop(reply.metadata.reply_to_message_id, None):
+                replies.append(_by_whom(reply, asked))
         waited = time.monotonic() - began
         if not waiting or waited > timeout:
             break
@@ -47,3 +50,11 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> list[Me
     if waiting:
         log(WARNING, "%s replies did not come within %g s", len(waiting), timeout)
     return replies
+
+
+def _by_whom(reply: Message, asked: Message) -> Message:
+    """Return a reply as that of the node that was asked.
+
+    The SuperLink answers for a node that is gone, in its own name.
+    """
+    return Message(reply.error, reply_to=asked) if reply.has_error() else reply

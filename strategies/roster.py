@@ -12,6 +12,7 @@ from logging import WARNING
 
 import torch
 from flwr.app import Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
@@ -20,6 +21,14 @@ from strategies.randomness import generator
 from strategies.wire import Refused, ids, numbers
 
 ROLL_CALL = f"{MessageType.QUERY}.roll_call"
+#: What the SuperLink answers for a node that is gone: no fault of what the node would say.
+GONE = frozenset(
+    {
+        ErrorCode.MESSAGE_UNAVAILABLE,
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+        ErrorCode.NODE_UNAVAILABLE,
+    }
+)
 
 
 class Roster:
@@ -64,7 +73,7 @@ class Roster:
 
         Nothing is waited for: an answer that comes later counts from the next call on. A client
         that two nodes claim is the older node's, until that one leaves. A node whose answer was
-        refused is asked again.
+        refused, or that went before it answered, is asked again while it is there.
         """
         present = set(grid.get_node_ids())
         self._claims = {n: c for n, c in self._claims.items() if n in present}
@@ -78,6 +87,9 @@ class Roster:
             if reply.metadata.reply_to_message_id not in self._pending:
                 continue
             node = self._pending.pop(reply.metadata.reply_to_message_id)
+            if reply.has_error() and reply.error.code in GONE:
+                log(WARNING, "node %s: %s", node, reply.error.reason)
+                continue
             try:
                 self._claims[node] = self._hosted(reply)
                 report = reply.content.metric_records["hosted"]

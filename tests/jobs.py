@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +34,18 @@ JOB = (
     "nodes=2",
     "evaluate_clients=none",
 )
+#: What a node's log says when it is given something to train.
+TRAINS = "Receiving: train message"
+#: A SuperNode that says every few seconds that it lives, and is believed for 20 s.
+OFTEN = """
+import sys
+from flwr.supercore import heartbeat
+from flwr.supernode import fleet_http_connection
+from flwr.supernode.cli import flower_supernode
+for module in (heartbeat, fleet_http_connection):
+    module.HEARTBEAT_DEFAULT_INTERVAL = 10  # the least that Flower admits
+sys.exit(flower_supernode())
+"""
 
 
 class Job:
@@ -128,10 +142,30 @@ class Job:
         self.deployment.kill_node(name)
         self.deployment.start_node(name)
 
+    def until_training(self, name: str, patience: float = 300) -> None:
+        """Wait until a node has been given something to train that it had not when this began."""
+        log = self.deployment.log(name)
+        before = log.read_text().count(TRAINS)
+        self.until(lambda: log.read_text().count(TRAINS) > before, patience)
 
-def two_nodes(folder: Path) -> Deployment:
+
+class Lively(Deployment):
+    """A deployment that notices a node's death after 20 s instead of 60: for short tests."""
+
+    def _start(
+        self, name: str, command: Sequence[str], home: Path
+    ) -> subprocess.Popen[bytes]:
+        if command[0] == "flower-supernode":
+            python = Path(sys.executable).name
+            command = [python, "-c", OFTEN, *command[1:]]
+        return super()._start(name, command, home)
+
+
+def two_nodes(
+    folder: Path, kind: Callable[[Path], Deployment] = Deployment
+) -> Deployment:
     """Return a running deployment of two nodes with three clients each."""
-    deployment = Deployment(folder)
+    deployment = kind(folder)
     try:
         deployment.start_link()
         for i, clients in enumerate(("0,2,4", "1,3,5"), start=1):
