@@ -9,6 +9,7 @@ from app.config import Config
 from app.errors import UserError
 from strategies.federation import Federation
 from strategies.gossip import Gossip
+from strategies.individual import Rooted
 from strategies.local import Trainer
 from strategies.network import Network, Window
 from strategies.privacy import Unprotected
@@ -57,8 +58,10 @@ def strategy(config: Config, local: Trainer) -> Federation | Relay:
 
 def _unsound(config: Config, local: Trainer, buffers: int, gossip: bool) -> str:
     """Say why the clients would not be protected as the settings promise."""
+    plain = isinstance(local.privacy, Unprotected)
+    if isinstance(local.algorithm, Rooted) and not plain:
+        return "its clients train more than what they send, and noise would enter both"
     if gossip:
-        plain = isinstance(local.privacy, Unprotected)
         return "" if plain else "the relay of a network holds every client's own model"
     evaluated = config.evaluate_clients != "none"
     return local.privacy.unfit(local.algorithm, buffers, evaluated)

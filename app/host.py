@@ -26,9 +26,10 @@ from app.errors import UserError
 from app.images import imagefolder
 from app.layers import noise_shapes
 from strategies.gossip import solver_of
+from strategies.individual import Plural, Tailored
 from strategies.local import Part, Trainer
 from strategies.objective import Objective
-from strategies.randomness import permutations
+from strategies.randomness import generator, permutations
 from strategies.wire import DTYPES
 
 
@@ -176,17 +177,29 @@ def _dataset(group: str, dtype: str, device: str) -> Dataset:
 def objective(config: Config, dataset: Dataset) -> Objective:
     """Build the model of a run, weights drawn from its seed, on its device."""
     build = bind("model", config.model, ("input_shape", "outputs", "vocabulary"))
-    module = make_model(build, dataset, config.seed)
+    algorithm = solver_of(bind("strategy", config.strategy)())
+    more = algorithm.learners - 1 if isinstance(algorithm, Plural) else 0
+    # The first is the plain model of this seed; the others' weights are draws of their own.
+    drawn = [generator(config.seed, "learner", k) for k in range(1, more + 1)]
+    seeds = [config.seed, *(random.initial_seed() for random in drawn)]
+    module, *learners = [
+        make_model(build, dataset, seed).to(config.torch_device, config.torch_dtype)
+        for seed in seeds
+    ]
     shapes = noise_shapes(module)
-    module = module.to(config.torch_device, config.torch_dtype)
-    return Objective(module, dataset.loss, shapes)
+    return Objective(module, dataset.loss, shapes, learners)
 
 
 def trainer(config: Config, goal: Objective) -> Trainer:
     """Put together what local training needs."""
-    built = bind("strategy", config.strategy)()
+    algorithm = solver_of(bind("strategy", config.strategy)())
+    if isinstance(algorithm, Tailored):
+        try:
+            algorithm = algorithm.tailored(goal.layout)
+        except ValueError as error:
+            raise UserError(f"strategy={config.strategy.name}: {error}") from None
     return Trainer(
-        algorithm=solver_of(built),
+        algorithm=algorithm,
         optimizer=bind("optimizer", config.optimizer)(),
         privacy=bind("privacy", config.privacy)(),
         local=config.local,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from logging import WARNING
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,8 +20,11 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from app.store import recall
-from strategies.algorithm import Individual, Vectors
-from strategies.local import Part, Trainer
+from strategies.algorithm import Client, Individual, Vectors
+from strategies.engine import choose, train
+from strategies.individual import Practising, surveyed
+from strategies.local import Job, Part, Trainer
+from strategies.privacy import Unprotected
 
 if TYPE_CHECKING:
     from app.node import Node
@@ -60,7 +64,7 @@ def received(
     """
     clients = cast(list[int], order["evaluate"])
     if isinstance(run.algorithm, Individual):
-        return individually(node, run, dict.fromkeys(clients, down), order, context)
+        return individually(node, run, down, order, context)
     parts = [node.samples(k).judged() for k in clients]
     if not parts:
         return {}
@@ -79,36 +83,93 @@ def received(
 def individually(
     node: Node,
     run: Trainer,
-    down: Mapping[int, Vectors],
+    down: Vectors,
     order: ConfigRecord,
     context: Context,
+    own: Mapping[int, Vectors] | None = None,
 ) -> Scores:
     """Return what each client measures with a model of its own on its own samples.
 
     Parameters
     ----------
-    node, run, order, context
-        Who judges, how, whom and by which versions of their memories, and where these are.
-    down : mapping of int to Vectors
-        What each client received.
+    node, run, down, order, context
+        Who judges, how, from what, whom and by which versions of their memories, and where these
+        are.
+    own : mapping of int to Vectors, optional
+        What a client alone received, in place of ``down``.
     """
     algorithm = run.algorithm
     assert isinstance(algorithm, Individual), "the caller has asked"
-    clients = cast(list[int], order["evaluate"])
-    versions = cast(list[int], order["evaluated_versions"])
-    found: Scores = {}
-    for k, version in zip(clients, versions, strict=True):
+    jobs, found = _jobs(node, run, down, order, context, own or {}), {}
+    starts = jobs
+    if isinstance(algorithm, Practising) and algorithm.practice:
+        starts = _practised(node, run, algorithm.practice, down, jobs, order)
+    for job in starts:
+        k = job.client.id
         try:
-            mine = down[k]
-            fresh = run.fresh(mine["theta"])
-            store = node.store(context, order) if fresh and version else None
-            memory = recall(store, k, version, fresh) if store else fresh
+            mine = {**down, **job.own}
             predict = functools.partial(
-                algorithm.predict, run.objective.net(mine["buffers"]), mine, memory
+                algorithm.predict, run.objective.net(mine["buffers"]), mine, job.memory
             )
             found[k] = scored(run, predict, node, k)
         except Exception as error:  # one must not cost the others theirs
             log(WARNING, "client %s cannot be judged: %s", k, brief(error))
+    return found
+
+
+def _jobs(
+    node: Node,
+    run: Trainer,
+    down: Vectors,
+    order: ConfigRecord,
+    context: Context,
+    own: Mapping[int, Vectors],
+) -> list[Job]:
+    """Return the clients to judge, with their memories after a look at their samples."""
+    fresh, versions = run.fresh(down["theta"]), order["evaluated_versions"]
+    store, jobs = node.store(context, order) if fresh else None, []
+    pairs = zip(
+        cast(list[int], order["evaluate"]), cast(list[int], versions), strict=True
+    )
+    for k, version in pairs:
+        try:
+            mine, samples = own.get(k, {}), node.samples(k)
+            blank = run.fresh(mine["theta"]) if fresh and mine else fresh
+            memory = recall(store, k, version, blank) if store else {}
+            size = len(samples.train)
+            share = size / cast(float, order["mean_samples"])
+            client = Client(k, size, share, samples.entropy)
+            job = Job(client, samples.train, memory, mine)
+            jobs.append(surveyed(run, down, job))
+        except Exception as error:
+            log(WARNING, "client %s cannot be judged: %s", k, brief(error))
+    return jobs
+
+
+def _practised(
+    node: Node,
+    run: Trainer,
+    epochs: int,
+    down: Vectors,
+    jobs: list[Job],
+    order: ConfigRecord,
+) -> list[Job]:
+    """Return the jobs with the models that their clients get by some epochs of training."""
+    local = replace(run.local, epochs=epochs, steps=0)
+    more = replace(run, local=local, privacy=Unprotected())  # what stays needs none
+    config, round_ = node.config, cast(int, order["round"])
+    engine = choose(config.engine, run.objective, len(jobs), config.torch_device)
+    models: dict[int, Vectors] = {}
+    for trained in train(more, down, jobs, round_, engine):
+        for row, client in enumerate(trained.clients):
+            models[client.id] = {n: v[row] for n, v in trained.up.items()}
+    found = []
+    for job in jobs:
+        change, start = models[job.client.id], {**down, **job.own}
+        mine = {"theta": start["theta"] + change["delta"]}
+        if "buffers" in change:
+            mine["buffers"] = change["buffers"]
+        found.append(replace(job, own={**job.own, **mine}))
     return found
 
 

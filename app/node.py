@@ -138,9 +138,11 @@ def train_all(
         try:
             samples = node.samples(k)
             part, size = samples.train, len(samples.train)
-            memory = recall(store, k, version, fresh)
+            mine = (own or {}).get(k, {})
+            blank = run.fresh(mine["theta"]) if fresh and mine else fresh
+            memory = recall(store, k, version, blank)
             client = Client(k, size, size / mean_samples, samples.entropy)
-            jobs.append(Job(client, part, memory, (own or {}).get(k, {})))
+            jobs.append(Job(client, part, memory, mine))
         except Lost as error:
             faults[str(k)] = str(error)[:300]
             lost.append(k)

@@ -85,7 +85,8 @@ def _judged(
     common = _test(node, gossip.judge_samples) if gossip.judge == "test" else None
     clients = cast(list[int], order["evaluate"])
     if common is None and isinstance(run.algorithm, Individual):
-        return individually(node, run, own, order, context)
+        down = next(iter(own.values())) if own else {}
+        return individually(node, run, down, order, context, own)
     found: Scores = {}
     for k in clients:
         net = run.objective.net(own[k]["buffers"])

@@ -29,6 +29,7 @@ from app.resume import describe, find_unfinished
 from app.rounds import Rounds
 from app.rundir import RunDir
 from app.summary import chosen, clients_block, line, summarize, training_block
+from strategies import individual
 from strategies.engine import unfit
 from strategies.ledger import Unbalanced
 from strategies.objective import Objective
@@ -81,6 +82,8 @@ class Run:
         local = trainer(self.config, self.objective)
         if why := local.optimizer.unfit(self.objective):
             raise UserError(f"optimizer={self.config.optimizer.name}: {why}")
+        if why := individual.unfit(local):
+            raise UserError(f"strategy={self.config.strategy.name}: {why}")
         self.federation = strategy(self.config, local)
         self.rounds = Rounds(self.federation, self.config, say)
         self.callbacks = [*stops(self.config.stop), *callbacks]
@@ -302,6 +305,6 @@ class Run:
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return the server's model by the module's names."""
         theta, buffers = self.federation.server["theta"], self.federation.buffers
-        named = self.objective.layout.unflatten(theta)
+        named = self.objective.layout.named(theta)
         named |= self.objective.buffer_layout.unflatten(buffers)
         return {n: t.clone() for n, t in named.items()}

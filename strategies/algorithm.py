@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 Vectors = dict[str, Tensor]
@@ -185,13 +184,3 @@ class Mirrored(Algorithm, Protocol):
         seen, total : int
             How many these are, and m, all clients of the federation.
         """
-
-
-def sizes(algorithm: Algorithm, theta: Tensor) -> dict[str, int]:
-    """Return the length of each vector that a client returns, from a training of no steps."""
-    down = algorithm.down(algorithm.start(theta))
-    state = algorithm.begin(down, algorithm.fresh(theta), Client(0, 1, 1.0))
-    if isinstance(algorithm, Witness):
-        state = algorithm.witness(state, torch.zeros_like(theta), theta.new_zeros(()))
-    up, _ = algorithm.finish(theta, theta, state, theta.new_ones(()))
-    return {n: len(up.get(n, theta)) for n in algorithm.up}

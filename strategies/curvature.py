@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from strategies.objective import IGNORED, Batch, Objective
+from strategies.losses import IGNORED
+from strategies.objective import Batch, Objective
 from strategies.randomness import normals, signs, uniforms
 
 

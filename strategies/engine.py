@@ -6,6 +6,7 @@ a matrix of clients. Both give the same numbers up to rounding; `choose` says wh
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from strategies.algorithm import Witness
 from strategies.curvature import Place
-from strategies.local import Job, Trained, Trainer, noise_of, orders, step
+from strategies.individual import prepared
+from strategies.local import Job, Trained, Trainer, noise_of, orders
 from strategies.objective import Batch, Objective
+from strategies.step import step
 from strategies.vectorized import vectorized
 
 Choice = Literal["auto", "loop", "vmap"]
@@ -83,6 +86,7 @@ def train(
     engine : {"loop", "vmap"}
         How.
     """
+    jobs = prepared(trainer, down, jobs)
     if engine == "loop":
         for job in jobs:
             yield loop(trainer, down, job, round_)
@@ -91,7 +95,8 @@ def train(
         jobs, key=lambda j: (-trainer.local.steps_of(j.client.samples), j.client.id)
     )
     vectors = 4 + len(trainer.algorithm.up) + 2 * len(jobs[0].memory) if jobs else 1
-    room = ROOM[down["theta"].device.type] // (vectors * max(len(down["theta"]), 1))
+    length = len({**down, **jobs[0].own}["theta"]) if jobs else 1
+    room = ROOM[down["theta"].device.type] // (vectors * max(length, 1))
     size = max(room, 2)
     for start in range(0, len(longest), size):
         yield vectorized(trainer, down, longest[start : start + size], round_)
@@ -124,12 +129,19 @@ def loop(
             h = estimate(objective, theta, buffers, batch, random)
             state = state[0], optimizer.refresh(state[1], h)
         product = None
+        if trainer.phased:
+            progress = theta.new_tensor((t + 0.5) / len(drawings))
+            state = {**state[0], "progress": progress}, state[1]
         if optimizer.along:
             vector = state[1][optimizer.along]
             product, _ = objective.product(theta, buffers, batch, vector)
         if optimizer.models(round_):
             away = theta - anchor
             gradient, loss = objective.product(anchor, buffers, batch, away)
+        elif trainer.costing:
+            own = functools.partial(trainer.costing.cost, state=state[0])
+            slope = torch.func.grad_and_value(functools.partial(objective.cost, own))
+            gradient, loss = slope(theta, buffers, batch)
         else:
             gradient, loss, buffers = objective.gradient(theta, buffers, batch)
         if t == 0 and isinstance(trainer.algorithm, Witness):

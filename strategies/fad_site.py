@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from strategies.local import Trainer, clip, noise_of, orders
+from strategies.local import Trainer, noise_of, orders
 from strategies.objective import Batch
 from strategies.randomness import generator
+from strategies.step import clip
 
 
 @dataclass(frozen=True)

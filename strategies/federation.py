@@ -28,7 +28,8 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from strategies.acceptance import Accepted, Round, add_bytes, replies_of
-from strategies.algorithm import Algorithm, Cohort, Vectors, sizes
+from strategies.algorithm import Algorithm, Cohort, Vectors
+from strategies.individual import sizes
 from strategies.mean import Mean
 from strategies.privacy import Privacy, Unprotected
 from strategies.randomness import generator

@@ -64,7 +64,7 @@ class Gossip:
             kind = type(self.solver).__name__
             raise ValueError(
                 f"solver: {kind} needs a server that keeps {', '.join(sorted(held))}; "
-                "without one take fedavg or fedprox"
+                "without one take fedavg, fedprox, finetune, ditto, fedrep or fedem"
             )
 
     @property

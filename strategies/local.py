@@ -1,12 +1,11 @@
-"""Local training: how long it is, which samples each step takes, and the pure step itself.
+"""Local training: how long it is, which samples each step takes, and what comes before and after.
 
-    step:  (theta, anchor, state, gradient) -> (theta, state)
-
-The engines in `engine.py` run it, one client after another or many at once.
+`step.py` has the step itself; the engines run it, one client after another or many at once.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from strategies.algorithm import Algorithm, Client, Vectors
 from strategies.curvature import Place
+from strategies.individual import Costing, Phased, first
 from strategies.objective import Objective
 from strategies.optimizer import Optimizer
 from strategies.privacy import Privacy, Unprotected
@@ -122,9 +122,22 @@ class Trainer:
     seed: int
     privacy: Privacy = field(default_factory=Unprotected)
 
+    @functools.cached_property
+    def costing(self) -> Costing | None:
+        """The algorithm if it has a cost of its own; asked once, as steps are many."""
+        return self.algorithm if isinstance(self.algorithm, Costing) else None
+
+    @functools.cached_property
+    def phased(self) -> Phased | None:
+        """The algorithm if it holds parts of the vector."""
+        return self.algorithm if isinstance(self.algorithm, Phased) else None
+
     def fresh(self, theta: Tensor) -> Vectors:
         """Return the memory of a client that has not taken part yet."""
-        return {**self.algorithm.fresh(theta), **self.optimizer.fresh(theta)}
+        memory, optimizer = self.algorithm.fresh(theta), self.optimizer
+        if not optimizer.kept:
+            return memory
+        return {**memory, **optimizer.fresh(first(self.algorithm, theta)[1])}
 
     def begin(self, down: Mapping[str, Tensor], job: Job) -> tuple[Vectors, Vectors]:
         """Return the state before the first local step: the algorithm's, the optimizer's."""
@@ -180,48 +193,6 @@ def missing(algorithm: Algorithm, optimizer: Optimizer) -> list[str]:
     """Return what an algorithm needs in the state of an optimizer that has it not."""
     state = optimizer.init(torch.zeros(1), {})
     return [name for name in algorithm.needs if name not in state]
-
-
-def clip(gradient: Tensor, largest: float) -> Tensor:
-    """Scale a gradient (d,) down to the norm ``largest``; 0 leaves it as it is."""
-    if not largest:
-        return gradient
-    norm = torch.linalg.vector_norm(gradient)
-    return gradient * torch.clamp(largest / (norm + 1e-12), max=1.0)
-
-
-def clip_along(gradient: Tensor, product: Tensor, largest: float) -> Tensor:
-    """Return the derivative of the clipped gradient, the gradient's own being ``product``."""
-    if not largest:
-        return product
-    norm = torch.linalg.vector_norm(gradient) + 1e-12
-    across = product - gradient * (gradient @ product) / norm.square()
-    return torch.where(norm > largest, largest / norm * across, product)
-
-
-def step(
-    trainer: Trainer,
-    theta: Tensor,
-    anchor: Tensor,
-    state: tuple[Vectors, Vectors],
-    gradient: Tensor,
-    round_: int,
-    product: Tensor | None = None,
-) -> tuple[Tensor, tuple[Vectors, Vectors]]:
-    """Return theta and state after one local step along one batch's gradient.
-
-    ``state`` is the pair (algorithm's, optimizer's). All arguments are tensors or constants:
-    the step is vectorized over clients by mapping it. ``product`` is the batch's Hessian times
-    the vector that the optimizer names, if it names one.
-    """
-    constant, moving = state
-    if product is not None:
-        product = clip_along(gradient, product, trainer.local.clip)
-        moving = moving | {"product": product}
-    gradient = clip(gradient, trainer.local.clip)
-    direction = trainer.algorithm.direction(gradient, theta, anchor, constant)
-    theta, moving = trainer.optimizer.step(theta, direction, moving, round_)
-    return theta, (constant, moving)
 
 
 def orders(

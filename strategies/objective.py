@@ -7,20 +7,19 @@ come out as vectors. Buffers are averaged between clients and never touched by a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from strategies.algorithm import Net
+from strategies.individual import Seen
+from strategies.losses import LOSSES
 from strategies.vector import Layout
-
-#: The target of a place that is padding, as torch marks it.
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -46,32 +45,6 @@ class Batch:
     weights: Tensor | None = None
 
 
-def cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return the loss of each sample, shape (B,), of logits of shape (B, C).
-
-    A sample may have several targets, (B, T) with logits (B, T, C): its loss is their mean,
-    without those that are `IGNORED`.
-    """
-    if y.ndim == 1:
-        return F.cross_entropy(outputs, y, reduction="none")
-    losses = F.cross_entropy(
-        outputs.movedim(-1, 1), y, reduction="none", ignore_index=IGNORED
-    )
-    counts = (y != IGNORED).flatten(1).sum(1).clamp(min=1)
-    return losses.flatten(1).sum(1) / counts
-
-
-def squared(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return half the squared error of each sample, shape (B,)."""
-    return 0.5 * (outputs - y).square()
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross_entropy": cross_entropy,
-    "squared": squared,
-}
-
-
 def _slot(module: nn.Module, name: str, kind: str) -> tuple[dict[str, Any], str]:
     """Return the dictionary that holds a named parameter or buffer, and its key there."""
     path, _, attribute = name.rpartition(".")
@@ -90,10 +63,17 @@ class Objective:
         ``"cross_entropy"`` or ``"squared"``.
     noise_shapes : mapping of str to tuple of int
         Shape for one sample of every dropout buffer.
+    learners : sequence of nn.Module
+        Further models of the same kind: theta^0 is then all their weights, one after the other
+        (K d,), and an algorithm that is `Plural` asks for one at a time.
     """
 
     def __init__(
-        self, module: nn.Module, loss: str, noise_shapes: Mapping[str, tuple[int, ...]]
+        self,
+        module: nn.Module,
+        loss: str,
+        noise_shapes: Mapping[str, tuple[int, ...]],
+        learners: Sequence[nn.Module] = (),
     ) -> None:
         self.module = module
         self.losses = LOSSES[loss]
@@ -113,8 +93,12 @@ class Objective:
             if n in persistent and not b.is_floating_point()
         }
         self.dtype = next(module.parameters()).dtype
+        weights = [
+            self.layout.flatten(dict(m.named_parameters()), self.dtype)
+            for m in (module, *learners)
+        ]
         self._initial = (
-            self.layout.flatten(dict(module.named_parameters()), self.dtype),
+            torch.cat(weights) if learners else weights[0],
             self.buffer_layout.flatten(dict(module.named_buffers()), self.dtype),
         )
         # Where each parameter is held; one that is tied is held in several places.
@@ -132,7 +116,7 @@ class Objective:
         self._parts: list[Tensor] = []
 
     def initial(self) -> tuple[Tensor, Tensor]:
-        """Return theta^0 of shape (d,) and the buffers of shape (b,)."""
+        """Return theta^0 of shape (d,), of K learners (K d,), and the buffers of shape (b,)."""
         return self._initial
 
     def outputs(
@@ -161,6 +145,22 @@ class Objective:
             losses.mean() if batch.weights is None else (batch.weights * losses).sum()
         )
         return loss, after
+
+    def cost(
+        self,
+        cost: Callable[[Seen, Tensor], Tensor],
+        theta: Tensor,
+        buffers: Tensor,
+        batch: Batch,
+    ) -> Tensor:
+        """Return the mean of what an algorithm's cost, (B,), makes of a batch, in training mode."""
+        seen = Seen(
+            lambda model: self.outputs(model, buffers, batch)[0],
+            lambda outputs: self.losses(outputs, batch.y),
+            batch.y,
+        )
+        costs = cost(seen, theta)
+        return costs.mean() if batch.weights is None else (batch.weights * costs).sum()
 
     def product(
         self, theta: Tensor, buffers: Tensor, batch: Batch, vector: Tensor
@@ -291,8 +291,22 @@ class Objective:
     def evaluate(
         self, theta: Tensor, buffers: Tensor, x: Tensor, y: Tensor
     ) -> dict[str, float]:
-        """Return the mean loss, and the accuracy of a classification."""
-        losses, hits = self.scores(theta, buffers, x, y)
+        """Return the mean loss, and the accuracy of a classification.
+
+        Of K learners (K d,), those of the mean of their probabilities; in a regression, outputs.
+        """
+        models, net = torch.split(theta, self.layout.size), self.net(buffers)
+
+        def mixed(x: Tensor) -> Tensor:
+            outputs = torch.stack([net(model, x) for model in models])
+            if not self.classification:
+                return outputs.mean(0)
+            return outputs.log_softmax(-1).logsumexp(0) - math.log(len(models))
+
+        judge = functools.partial(self.judge, x=x, y=y)
+        losses, hits = (
+            judge(mixed) if len(models) > 1 else self.scores(theta, buffers, x, y)
+        )
         metrics = {"loss": float(losses.mean())}
         if self.classification:
             metrics["accuracy"] = float(hits.to(torch.float64).mean())

@@ -62,6 +62,17 @@ class Layout:
             n: p.view(s) for n, s, p in zip(self.names, self.shapes, parts, strict=True)
         }
 
+    def named(self, theta: Tensor) -> dict[str, Tensor]:
+        """View one vector, or those of several learners (K d,), each in a place of its own."""
+        models = torch.split(theta, self.size)
+        if len(models) == 1:
+            return self.unflatten(theta)
+        return {
+            f"learner_{k}.{name}": tensor
+            for k, model in enumerate(models)
+            for name, tensor in self.unflatten(model).items()
+        }
+
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Return the product of two vectors, the same bits wherever they lie in memory."""

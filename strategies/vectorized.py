@@ -7,6 +7,7 @@ finished drop out; batches of unequal size are padded with samples of weight zer
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from strategies.algorithm import Vectors, Witness
 from strategies.curvature import Place
-from strategies.local import Job, Trained, Trainer, noise_of, orders, step
+from strategies.local import Job, Trained, Trainer, noise_of, orders
 from strategies.objective import Batch
+from strategies.step import step
 
 
 @dataclass
@@ -145,6 +147,9 @@ def vectorized(
             ]
             batch = x, y, weights, noise
             moving = _refreshed(renew, trainer, theta, moving, batch, fresh, places)
+        if trainer.phased:
+            counts = torch.tensor(plan.steps[:active]).to(theta)
+            constant = {**constant, "progress": (t + 0.5) / counts}
         one = later if t else first
         given = theta, anchor[:active], constant, moving, x, y, weights, noise
         theta, constant, moving, loss = one(*given)
@@ -198,6 +203,9 @@ def _client_step(
         batch = Batch(x, y, noise, weights)
 
         def loss_of(point: Tensor) -> Tensor:
+            if trainer.costing:
+                own = functools.partial(trainer.costing.cost, state=constant)
+                return trainer.objective.cost(own, point, buffers, batch)
             return trainer.objective.loss(point, buffers, batch)[0]
 
         product = None

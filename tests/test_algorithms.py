@@ -1,15 +1,25 @@
 """The algorithms' mathematics: golden numbers, invariants, known optima, wrong variants.
 
-A small federation is run by hand here: the halves of an algorithm from `strategies`,
-local problems solved exactly or by gradient steps, float64. The golden numbers belong to
-the four quadratics L_k = 1/2 theta'A_k theta - b_k'theta; they were derived independently.
+The golden numbers belong to the four quadratics of `quadratics.py`; they were derived
+independently.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from quadratics import (
+    ALL,
+    OPTIMUM,
+    A,
+    B,
+    Federation,
+    close,
+    descent,
+    exact,
+    pairs,
+    vector,
+)
 from torch import Tensor
 
 from strategies.algorithm import (
@@ -18,128 +28,22 @@ from strategies.algorithm import (
     Cohort,
     Vectors,
     Witness,
-    sizes,
 )
+from strategies.clustered import Clustered
+from strategies.ditto import Ditto
 from strategies.fedavg import FedAvg
 from strategies.feddyn import FedDyn
+from strategies.fedem import FedEM
 from strategies.fedopt import FedOpt
 from strategies.fedopt_hyper import FedOptHyper
 from strategies.fedprox import FedProx
+from strategies.fedrep import FedRep
 from strategies.fedsophia import FedSophia
+from strategies.finetune import FineTune
+from strategies.individual import Plural, first, sizes
 from strategies.learned_weights import LearnedWeights
-from strategies.mean import Mean
 from strategies.scaffold import Scaffold
 from strategies.sgd import SGD
-
-A = torch.tensor(
-    [
-        [[1, 0], [0, 4]],
-        [[3, 1], [1, 2]],
-        [[0.5, 0], [0, 1]],
-        [[2, -0.5], [-0.5, 5]],
-    ],
-    dtype=torch.float64,
-)
-B = torch.tensor([[1, -2], [0, 3], [-4, 1], [2, 2]], dtype=torch.float64)
-OPTIMUM = torch.linalg.solve(A.sum(0), B.sum(0))
-ALL = [0, 1, 2, 3]
-Solver = Callable[[Algorithm, Vectors, int, Tensor], tuple[Tensor, Tensor]]
-
-
-def vector(*numbers: float) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-def exact(
-    algorithm: Algorithm, state: Vectors, k: int, anchor: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Find the zero of the algorithm's local direction, which is affine in theta."""
-    zero = torch.zeros_like(anchor)
-    # Its linear part is what is left without anchor, memory and b.
-    blank = {n: v if v.ndim == 0 else torch.zeros_like(v) for n, v in state.items()}
-    columns = [
-        algorithm.direction(A[k] @ e, e, zero, blank)
-        for e in torch.eye(len(anchor), dtype=anchor.dtype)
-    ]
-    offset = algorithm.direction(-B[k], zero, anchor, state)
-    return -torch.linalg.solve(torch.stack(columns, 1), offset), zero.new_ones(())
-
-
-def descent(steps: int, optimizer: SGD) -> Solver:
-    """Take gradient steps along the algorithm's direction."""
-
-    def solve(
-        algorithm: Algorithm, state: Vectors, k: int, anchor: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        theta, moving = anchor.clone(), optimizer.init(anchor, {})
-        for _ in range(steps):
-            gradient = A[k] @ theta - B[k]
-            along = algorithm.direction(gradient, theta, anchor, state)
-            theta, moving = optimizer.step(theta, along, moving, 1)
-        return theta, moving["effort"]
-
-    return solve
-
-
-@dataclass
-class Federation:
-    """A federation of the four quadratics, run by hand."""
-
-    algorithm: Algorithm
-    solve: Solver = exact
-    shares: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
-    server: Vectors = field(init=False)
-    memories: dict[int, Vectors] = field(init=False)
-    last: dict[int, Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        start = torch.zeros(2, dtype=torch.float64)
-        self.server = self.algorithm.start(start)
-        self.memories = {k: self.algorithm.fresh(start) for k in ALL}
-        self.last = {}
-
-    def round(self, cohort: list[int]) -> None:
-        mean, down = Mean(), self.algorithm.down(self.server)
-        newcomers = len(set(cohort) - self.last.keys())
-        for k in cohort:
-            client = Client(k, int(10 * self.shares[k]), self.shares[k])
-            state = self.algorithm.begin(down, self.memories[k], client)
-            if isinstance(self.algorithm, Witness):
-                point = down["theta"]
-                gradient = A[k] @ point - B[k]
-                loss = 0.5 * point @ A[k] @ point - B[k] @ point
-                state = self.algorithm.witness(state, gradient, loss)
-            theta, effort = self.solve(self.algorithm, state, k, down["theta"])
-            up, self.memories[k] = self.algorithm.finish(
-                theta, down["theta"], state, effort
-            )
-            self.last[k] = theta
-            mean.add(up, self.algorithm.weight(client))
-        told = Cohort(len(cohort), len(ALL), newcomers)
-        self.server = self.algorithm.update(
-            self.server, mean.value(torch.float64), told
-        )
-
-    def run(self, cohorts: list[list[int]]) -> Tensor:
-        for cohort in cohorts:
-            self.round(cohort)
-        return self.server["theta"]
-
-    def mean_memory(self, name: str) -> Tensor:
-        return torch.stack([self.memories[k][name] for k in ALL]).mean(0)
-
-
-def pairs(rounds: int, seed: int = 0) -> list[list[int]]:
-    """Return random cohorts of 2 of 4."""
-    random = torch.Generator().manual_seed(seed)
-    return [
-        sorted(torch.randperm(4, generator=random)[:2].tolist()) for _ in range(rounds)
-    ]
-
-
-def close(actual: Tensor, expected: Tensor, atol: float = 1e-9) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
-
 
 # FedDyn.
 
@@ -480,18 +384,25 @@ def test_scaffold_invariant() -> None:
         FedOptHyper(),
         FedOptHyper(optimizer="adam", independent=True),
         LearnedWeights(),
+        FineTune(),
+        Ditto(),
+        FedRep(width=1),
+        FedRep(width=1, joint=True),
+        Clustered(learners=2),
+        FedEM(learners=2),
     ],
 )
 def test_every_algorithm_keeps_its_promises(algorithm: Algorithm) -> None:
     """One row for each algorithm: names agree, and cohorts do not depend on their order."""
-    theta = torch.zeros(2, dtype=torch.float64)
+    many = algorithm.learners if isinstance(algorithm, Plural) else 1
+    theta = torch.arange(2.0 * many, dtype=torch.float64)
     server = algorithm.start(theta)
-    state = algorithm.begin(
-        algorithm.down(server), algorithm.fresh(theta), Client(0, 3, 1.0)
-    )
+    held, start = first(algorithm, theta)
+    mine = {**algorithm.down(server), "theta": start}
+    state = algorithm.begin(mine, held, Client(0, 3, 1.0))
     if isinstance(algorithm, Witness):
         state = algorithm.witness(state, theta + 2, theta.new_ones(()))
-    up, memory = algorithm.finish(theta + 1, theta, state, theta.new_ones(()))
+    up, memory = algorithm.finish(start + 1, start, state, theta.new_ones(()))
     assert sizes(algorithm, theta) == {n: len(v) for n, v in up.items()}
     assert tuple(up) == algorithm.up
     assert memory.keys() == algorithm.fresh(theta).keys()
@@ -500,6 +411,6 @@ def test_every_algorithm_keeps_its_promises(algorithm: Algorithm) -> None:
     if algorithm.mirror:
         assert algorithm.mirror[0] in memory and algorithm.mirror[1] in server
     solve = descent(2, SGD(lr=0.1))
-    forward = Federation(algorithm, solve).run([[0, 1, 2]] * 3)
-    backward = Federation(algorithm, solve).run([[2, 1, 0]] * 3)
+    forward = Federation(algorithm, solve, start=theta).run([[0, 1, 2]] * 3)
+    backward = Federation(algorithm, solve, start=theta).run([[2, 1, 0]] * 3)
     close(forward, backward, 1e-14)

@@ -9,13 +9,18 @@ from torch import nn
 from app.layers import Dropout, noise_shapes, probe
 from strategies.adamw import AdamW
 from strategies.algorithm import Algorithm, Client
+from strategies.clustered import Clustered
+from strategies.ditto import Ditto
 from strategies.done import Done, Richardson
 from strategies.engine import choose, train
 from strategies.fedavg import FedAvg
 from strategies.feddyn import FedDyn
+from strategies.fedem import FedEM
 from strategies.fedopt_hyper import FedOptHyper
 from strategies.fedprox import FedProx
+from strategies.fedrep import FedRep
 from strategies.fedsophia import FedSophia, Sophia
+from strategies.individual import Plural, Tailored
 from strategies.learned_weights import LearnedWeights
 from strategies.local import Job, Local, Part, Trained, Trainer, orders
 from strategies.mean import Mean
@@ -34,21 +39,33 @@ ALGORITHMS = [
     FedDyn(alpha=0.2, weighting="samples", mean_of_all=True),
     FedOptHyper(independent=True),
     LearnedWeights(),
+    Ditto(lam=0.5),
+    FedRep(),
+    FedRep(joint=True),
+    Clustered(learners=2),
+    FedEM(learners=2),
 ]
 
 
-def model(dropout: float, dtype: torch.dtype) -> Objective:
+def model(dropout: float, dtype: torch.dtype, learners: int = 1) -> Objective:
+    """Return a small network, or so many of them with different weights."""
+    first, *more = [_network(dropout, k) for k in range(1, learners + 1)]
+    others = [module.to(dtype) for module in more]
+    return Objective(first.to(dtype), "cross_entropy", noise_shapes(first), others)
+
+
+def _network(dropout: float, seed: int) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Linear(6, 8)]
     if dropout:
         layers.append(Dropout(dropout))
     with torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         module = nn.Sequential(*layers, nn.Tanh(), nn.Linear(8, 3)).to(torch.float32)
         for layer in module:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight)
     probe(module, (6,))
-    return Objective(module.to(dtype), "cross_entropy", noise_shapes(module))
+    return module
 
 
 def jobs(trainer: Trainer, sizes: Sequence[int]) -> list[Job]:
@@ -66,6 +83,8 @@ def jobs(trainer: Trainer, sizes: Sequence[int]) -> list[Job]:
             )
             for name, vector in trainer.fresh(theta).items()
         }
+        if "pi" in memory:  # proportions
+            memory["pi"] = memory["pi"].softmax(0)
         if "age" in memory:  # a count of steps, which differs from client to client
             memory["age"] = torch.full((1,), float(3 * k), dtype=dtype)
             memory |= {n: memory[n].square() for n in ("v", "h") if n in memory}
@@ -130,7 +149,10 @@ def compare(loop: list[Trained], vmap: list[Trained], atol: float) -> None:
 def test_engines_agree(
     algorithm: Algorithm, dropout: float, optimizer: SGD, local: Local
 ) -> None:
-    objective = model(dropout, torch.float64)
+    many = algorithm.learners if isinstance(algorithm, Plural) else 1
+    objective = model(dropout, torch.float64, many)
+    if isinstance(algorithm, Tailored):
+        algorithm = algorithm.tailored(objective.layout)
     trainer = Trainer(algorithm, optimizer, local, objective, seed=5)
     compare(*both(trainer, SIZES), atol=1e-12)
 

@@ -17,7 +17,8 @@ from strategies.engine import train
 from strategies.fedavg import FedAvg
 from strategies.fedsophia import FedSophia, Sophia
 from strategies.local import Job, Local, Part, Trained, Trainer
-from strategies.objective import IGNORED, Batch, Objective
+from strategies.losses import IGNORED
+from strategies.objective import Batch, Objective
 from strategies.randomness import normals, signs
 from strategies.sgd import SGD
 
