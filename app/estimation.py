@@ -143,7 +143,7 @@ def estimate(
     over = config.model_copy(update={"rounds": pushes})
     links = network(over, bind("strategy", config.strategy)())
     exact = torch.stack(closed_form(problem))
-    directory = _directory(config)
+    directory = directory_of(config)
     say(f"run directory: {directory.path}")
     loss = float(problem.outer(problem.x, problem.lambdas).mean())
     products = 1 if problem.draw is None or not how.independent else 2
@@ -191,7 +191,8 @@ def estimate(
     return summary
 
 
-def _directory(config: Config) -> RunDir:
+def directory_of(config: Config) -> RunDir:
+    """Make the directory of a run that estimates."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     title = f"{stamp}-{config.estimate.name}-{config.topology.name}-seed{config.seed}"
     base = Path(config.output_dir).expanduser().resolve()

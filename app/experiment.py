@@ -32,6 +32,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from app import influence
+from app.binding import bind
 from app.callbacks import Callback, Record
 from app.compose import CONF
 from app.config import Config, load, quote, to_run_config
@@ -41,6 +43,8 @@ from app.estimation import estimate
 from app.host import setting
 from app.local_grid import LocalGrid
 from app.run import Run, Say
+from strategies.hypergrad import HGP
+from strategies.influence import Influence
 
 
 def run_local(
@@ -58,7 +62,10 @@ def run_local(
         Where the lines for a person go.
     """
     config = load(overrides)
-    if config.estimate.name != "none":
+    how = bind("estimate", config.estimate)()
+    if isinstance(how, Influence):
+        return influence.estimate(overrides, callbacks, say)
+    if isinstance(how, HGP):
         return estimate(overrides, callbacks, say)
     run = Run(overrides, callbacks, say)
     grid = LocalGrid(to_run_config(overrides), config.nodes, processes(config))

@@ -8,6 +8,8 @@ from app.binding import bind
 from app.errors import UserError
 from strategies.faults import Faults
 from strategies.gossip import Gossip
+from strategies.influence import Influence
+from strategies.sgd import SGD
 
 if TYPE_CHECKING:
     from app.config import Config
@@ -17,23 +19,52 @@ def check_estimate(config: Config) -> None:
     """Raise UserError where an estimate is asked for that the other settings do not give."""
     if config.estimate.name == "none":
         return
-    bind("estimate", config.estimate)
+    how = bind("estimate", config.estimate)()
     what = f"estimate={config.estimate.name}"
     if not isinstance(bind("strategy", config.strategy)(), Gossip):
         raise UserError(
             f"{what}: vectors go over a network; use strategy=pushsum and a topology "
             "(topology=complete averages as a server does)"
         )
+    if config.program is not None:
+        raise UserError(f"{what} and program={config.program}: one of the two")
+    if isinstance(how, Influence):
+        _check_influence(config, how, what)
+        return
     if config.model.name != "linear" or config.dtype != "float64":
         raise UserError(
             f"{what}: is about logistic regression in float64; use model=linear dtype=float64"
         )
-    if config.program is not None:
-        raise UserError(f"{what} and program={config.program}: one of the two")
     if not config.client_test:
         raise UserError(
             f"{what}: the outer cost needs samples that clients do not train on; "
             "use client_test=0.5"
+        )
+
+
+def _check_influence(config: Config, how: Influence, what: str) -> None:
+    """Raise UserError where influence cannot be estimated as asked."""
+    if not config.client_validation:
+        raise UserError(
+            f"{what}: is about the loss on samples that clients do not train on; use "
+            "client_validation=0.25"
+        )
+    if not isinstance(bind("optimizer", config.optimizer)(), SGD):
+        raise UserError(
+            f"optimizer={config.optimizer.name}: {what} trains by gradient steps whose "
+            "weight decay is part of the cost; use optimizer=sgd"
+        )
+    if how.method != "conjugate_gradients":
+        return
+    if config.topology.name != "complete":
+        raise UserError(
+            f"estimate.method={how.method}: needs exact averages; use topology=complete, "
+            "or estimate.method=push"
+        )
+    if config.local.batch:
+        raise UserError(
+            f"estimate.method={how.method}: needs all samples in every product; use "
+            "local.batch=0"
         )
 
 

@@ -30,8 +30,8 @@ class Rule(Model):
         ``rounds``: the lead reaches ``target`` in fewer rounds; a rival that never
         reaches it is behind a lead that does. ``final``: the lead ends at a better
         value; NaN is behind everything. ``paired``: the same, but each lead is held against
-        the rival in its own place alone. ``limit``: leads end at ``within`` or less,
-        rivals at ``beyond`` or more.
+        the rival in its own place alone. ``limit``: leads end at ``within`` or better,
+        rivals at ``beyond`` or worse.
     lead, rivals : list of str
         Variants.
     target, within, beyond : float, optional
@@ -115,7 +115,9 @@ def _ahead(rule: Rule, table: Table, seed: str, metric: str) -> bool:
         return all(sign * a > sign * b for a, b in zip(leads, rivals, strict=True))
     if rule.rule == "limit":
         assert rule.within is not None and rule.beyond is not None
-        return max(leads) <= rule.within and min(rivals) >= rule.beyond
+        if better(metric):
+            return max(leads) <= rule.within and min(rivals) >= rule.beyond
+        return min(leads) >= rule.within and max(rivals) <= rule.beyond
     if rule.rule == "final" and not better(metric):
         return min(leads) > max(rivals)
     return max(leads) < min(rivals)

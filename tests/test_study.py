@@ -73,6 +73,9 @@ def data_of(name: str, tmp_path: Path) -> list[str]:
             pytest.skip(
                 "no MNIST here: FEDGRAD_DATA is the folder that holds MNIST/raw"
             )
+    if name.startswith("influence"):
+        given = ["estimate.check=2", "estimate.train_steps=2", "estimate.samples=100"]
+        return [*given, "estimate.pushes=1"]
     return []
 
 
@@ -302,6 +305,16 @@ def test_costs_are_relative_to_the_baseline():
 def test_a_limit(lead, rival, holds):
     rule = Rule(rule="limit", lead=["dyn"], rivals=["avg"], within=1e-6, beyond=1e-2)
     told = judge(rule, table([lead], [rival], "final"), [0], "distance")
+    assert told["holds"] is holds
+
+
+@pytest.mark.parametrize(
+    ("lead", "rival", "holds"),
+    [(0.9, 0.8, True), (0.89, 0.1, False), (0.95, 0.81, False), (None, -3.0, False)],
+)
+def test_a_limit_of_what_should_be_large(lead, rival, holds):
+    rule = Rule(rule="limit", lead=["dyn"], rivals=["avg"], within=0.9, beyond=0.8)
+    told = judge(rule, table([lead], [rival], "final"), [0], "influence/r2")
     assert told["holds"] is holds
 
 
