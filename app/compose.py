@@ -28,6 +28,7 @@ PARTS = (
     "faults",
     "data",
     "partition",
+    "shift",
     "model",
     "optimizer",
     "privacy",

@@ -77,6 +77,7 @@ class Config(Model):
     faults: Group
     data: Group
     partition: Group
+    shift: Group
     model: Group
     optimizer: Group
     privacy: Group
@@ -217,6 +218,7 @@ def _check(config: Config) -> None:
     check_estimate(config)
     bind("data", config.data)
     bind("partition", config.partition, ("labels", "natural", "clients", "seed"))
+    bind("shift", config.shift)
     bind("model", config.model, ("input_shape", "outputs", "vocabulary"))
 
 

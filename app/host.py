@@ -25,6 +25,7 @@ from app.data import Dataset, Split
 from app.errors import UserError
 from app.images import imagefolder
 from app.layers import noise_shapes
+from app.shift import shifted
 from strategies.gossip import solver_of
 from strategies.individual import Plural, Tailored
 from strategies.local import Part, Trainer
@@ -150,6 +151,10 @@ def setting(overrides: tuple[str, ...]) -> Setting:
     config = load(overrides)
     dataset = _dataset(config.data.model_dump_json(), config.dtype, config.device)
     if not len(dataset.train.y):  # only the nodes hold samples
+        if config.shift.name != "none":
+            raise UserError(
+                f"shift={config.shift.name}: data={config.data.name} holds no samples"
+            )
         return Setting(config, dataset, [])
     partition = bind(
         "partition", config.partition, ("labels", "natural", "clients", "seed")
@@ -162,7 +167,8 @@ def setting(overrides: tuple[str, ...]) -> Setting:
     )
     for k, part in enumerate(parts):
         _kept(config, len(part), k)
-    return Setting(config, dataset, parts)
+    shift = bind("shift", config.shift)()
+    return Setting(config, shifted(dataset, parts, shift, config.seed), parts)
 
 
 @functools.lru_cache(maxsize=2)
@@ -288,6 +294,8 @@ def source(
     """Return the function that gives the samples of each client (``mine``) that a node hosts."""
     if "data-path" not in node:
         return setting(overrides).samples
+    if (shift := load(overrides).shift.name) != "none":
+        raise UserError(f"node config: data-path holds data as they are; shift={shift}")
     if len(mine) != 1:
         raise UserError(
             "node config: data-path holds one client's data; name one client"
