@@ -18,6 +18,7 @@ from app.compose import CONF
 from app.deployment import LINK, Deployment, end_all, marked
 from app.experiment import argument
 from app.records import read_rounds, read_summary
+from app.store import DirectoryStore
 
 #: Six clients on two nodes, all of them in every round: a lost reply is a repeated round.
 JOB = (
@@ -34,8 +35,6 @@ JOB = (
     "nodes=2",
     "evaluate_clients=none",
 )
-#: What a node's log says when it is given something to train.
-TRAINS = "Receiving: train message"
 #: A SuperNode that says every few seconds that it lives, and is believed for 20 s.
 OFTEN = """
 import sys
@@ -123,11 +122,22 @@ class Job:
                 self.deployment.start_node(name)
                 self._again = time.monotonic() + 5
 
-    def kill_app(self) -> None:
-        """Kill the ServerApp."""
-        for pid, command in self.deployment.processes().items():
-            if "flwr-serverapp" in command:
-                os.kill(pid, signal.SIGKILL)
+    def ended(self) -> bool:
+        """Return whether it has ended."""
+        return (self.path / "summary.json").exists()
+
+    def kill_app(self, patience: float = 120) -> bool:
+        """Kill the ServerApp; return False if the job ended before."""
+
+        def found() -> list[int]:
+            parts = self.deployment.processes().items()
+            return [pid for pid, command in parts if "flwr-serverapp" in command]
+
+        self.until(lambda: self.ended() or bool(found()), patience)
+        ended = self.ended()
+        for pid in found():
+            os.kill(pid, signal.SIGKILL)
+        return not ended
 
     def kill_link(self) -> None:
         """Kill the SuperLink and all that it has started, and start it again."""
@@ -143,10 +153,18 @@ class Job:
         self.deployment.start_node(name)
 
     def until_training(self, name: str, patience: float = 300) -> None:
-        """Wait until a node has been given something to train that it had not when this began."""
-        log = self.deployment.log(name)
-        before = log.read_text().count(TRAINS)
-        self.until(lambda: log.read_text().count(TRAINS) > before, patience)
+        """Wait until a node is at work on a message, or the job has ended."""
+        home = f"FLWR_HOME={self.deployment.folder / name}"
+
+        def works() -> bool:
+            return any("flwr-clientapp" in c for c in marked(home).values())
+
+        self.until(lambda: self.ended() or works(), patience)
+
+    def stores(self, key: str) -> list[DirectoryStore]:
+        """Return where the nodes keep the memories of a run."""
+        places = sorted(self.deployment.folder.glob(f"node-*/state/{key}"))
+        return [DirectoryStore(place) for place in places]
 
 
 class Lively(Deployment):
