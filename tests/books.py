@@ -22,6 +22,7 @@ STATEFUL = {
     "Push-DIGing": ("strategy=push_diging", "topology=exponential"),
     "FedOptHyper": (
         *("strategy=fedopt_hyper", "strategy.optimizer=adam", "strategy.momentum=0.5"),
+        "strategy.server_lr=0.05",
         *("strategy.client_lr=true", "optimizer=tuned_sgd"),
     ),
 }
