@@ -68,8 +68,8 @@ def test_normalization_draws_bounded_numbers_for_each_group() -> None:
         slopes.add(high - low)
         offsets.add(-low / (high - low))
     assert len(slopes) == len(offsets) == 50
-    assert 1 <= min(slopes) and max(slopes) <= 10
-    assert 0 <= min(offsets) and max(offsets) <= 1
+    assert min(slopes) >= 1 and max(slopes) <= 10
+    assert min(offsets) >= 0 and max(offsets) <= 1
 
 
 def test_no_shift_leaves_the_data_themselves() -> None:
