@@ -17,7 +17,7 @@ from flwr.common.logger import log
 
 from strategies.algorithm import Vectors
 from strategies.roster import Roster
-from strategies.wire import Refused, ids, numbers, reasons, unpack, weigh
+from strategies.wire import Refused, ids, limit, numbers, reasons, unpack, weigh
 
 #: What a node reports of each trained client, besides the optimizer's own metrics.
 TRAINED = ("samples", "train_loss", "steps", "gradients", "seconds", "probe")
@@ -145,6 +145,7 @@ def accept(
         if each:
             sizes = {n: size * len(trained) for n, size in sizes.items()}
         up = unpack(content.array_records.get("up", ArrayRecord()), sizes, dtype)
+        limit(up)
     return Accepted(
         reply.metadata.src_node_id,
         up,

@@ -125,6 +125,25 @@ def unpack(
     return vectors
 
 
+def largest(dtype: torch.dtype) -> float:
+    """Return the largest norm that a vector of a reply may have: its square is still a number.
+
+    So no sum, mean or second moment of what was accepted overflows: who sends more than that
+    is refused alone, instead of spoiling the round for all.
+    """
+    return float(torch.finfo(dtype).max ** 0.5)
+
+
+def limit(vectors: Vectors) -> None:
+    """Refuse vectors that may be longer than the largest norm."""
+    for name, vector in vectors.items():
+        most = float(vector.abs().max()) if len(vector) else 0.0
+        if most * len(vector) ** 0.5 > largest(vector.dtype):
+            raise Refused(
+                f"{name} has numbers up to {most:.1e}: sums with them would overflow"
+            )
+
+
 def weigh(content: RecordDict) -> dict[str, int]:
     """Return the payload bytes of a message: of the model, of state, of metrics and orders.
 

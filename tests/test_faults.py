@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 
 import app.node
 import app.store
+import strategies.wire
 from app.config import to_run_config
 from app.errors import UserError
 from app.exchange import exchange
@@ -182,6 +183,11 @@ FAULTS: dict[str, tuple[Tamper, str]] = {
     "NaN in the update": (with_value(math.nan), "NaN or infinity"),
     "infinity in the update": (with_value(-math.inf), "NaN or infinity"),
     "too large for the model's dtype": (with_value(1e300, "float64"), "infinity"),
+    "finite, but no sum with it is": (
+        with_delta(lambda d: Array(np.full_like(d, 3e38))),
+        r"delta has numbers up to 3.0e\+38: sums with them would overflow",
+    ),
+    "one huge number": (with_value(-2e19), "would overflow"),
     "wrong shape": (with_delta(lambda d: Array(d[:-1])), "shape"),
     "a matrix": (with_delta(lambda d: Array(d.reshape(2, -1))), "shape"),
     "integers": (with_delta(lambda d: Array(d.astype("int32"))), "dtype"),
@@ -341,7 +347,11 @@ def test_with_no_usable_reply_the_model_stays(
     assert result.path.joinpath("summary.json").exists()
 
 
-def test_an_update_that_overflows_the_model_is_undone(run: Door) -> None:
+def test_an_update_that_overflows_the_model_is_undone(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the bound on replies there is a second look, at the model itself."""
+    monkeypatch.setattr(strategies.wire, "largest", lambda dtype: math.inf)
     huge = with_delta(lambda d: Array(np.full_like(d, 3e38)))
     when = [(2, k) for k in range(6)]
     result = run(*EACH, grid=lambda o: Tampered(o, huge, when))
