@@ -157,6 +157,19 @@ def test_gradient_descent_goes_to_the_minimizer() -> None:
     torch.testing.assert_close(theta, trained(), rtol=1e-8, atol=1e-10)
 
 
+def test_single_precision_goes_as_far_as_it_can() -> None:
+    half = tuple(
+        Own(own.x.float(), own.y, own.outer_x.float(), own.outer_y)
+        for own in task().clients
+    )
+    personal = Personal(net, SIZE, 2, (SampleWeights(),), decay=0.05)
+    rough = Task(personal, half)
+    theta = minimize(rough, torch.zeros(SIZE), rough.ones())
+    torch.testing.assert_close(theta.double(), trained(), rtol=1e-4, atol=1e-4)
+    change = next(left_out(rough, [25], partial(minimize, rough, theta), theta))
+    assert change == pytest.approx(actual()[25], abs=2e-6)
+
+
 def test_a_sample_that_is_left_out_leaves_its_place_in_the_batch_empty() -> None:
     part = task(6)
     drawn = part.draw("training", 1)
