@@ -16,6 +16,14 @@ from torch import Tensor
 
 from app.errors import UserError
 from app.experiment import run_local
+from app.influence_report import (
+    Look,
+    agreement,
+    as_csv,
+    disagreement,
+    listed,
+    unsettled,
+)
 from strategies import topology
 from strategies.families import Own, SampleWeights
 from strategies.influence import Influence, left_out, predict
@@ -275,6 +283,32 @@ def test_what_cannot_be_trusted_says_so(run: Callable[..., Result]) -> None:
     assert "do not act on these lists" in doubts
     assert "has not settled" in doubts or "diverged" in doubts
     assert any(line.startswith("warning: ") for line in found.lines)
+
+
+def test_agreement_is_undefined_where_there_is_nothing_to_agree_with() -> None:
+    rising, falling = np.array([1.0, 2.0, 4.0]), np.array([3.0, 2.0, 1.0])
+    nothing = {"r2": None, "kendall": None, "correlation": None}
+    assert agreement(rising, np.full(3, 0.5)) == nothing
+    assert agreement(np.array([1.0, np.nan, 2.0]), rising) == nothing
+    assert agreement(rising[:1], rising[:1]) == nothing
+    flat = agreement(np.zeros(3), rising)
+    assert flat["kendall"] is None and flat["r2"] == pytest.approx(1 - 21 / (14 / 3))
+    assert agreement(10 * rising, rising)["kendall"] == pytest.approx(1)
+    assert agreement(10 * rising, rising)["r2"] < 0  # type: ignore[operator]
+    assert agreement(falling, rising)["kendall"] == pytest.approx(-1)
+    assert "do not act" in disagreement(nothing)[0]
+    assert disagreement({**nothing, "r2": 0.9}) == []
+
+
+def test_a_series_that_diverged_is_told_and_leaves_empty_cells() -> None:
+    looks = [
+        Look(m, torch.tensor([v, 1.0]), 0, 0, 0.0) for m, v in ((1, 1.0), (2, np.inf))
+    ]
+    assert "diverged" in unsettled(looks)[0]
+    rows = listed([np.array([7, 3])], [0] * 8, np.array([np.inf, -0.5]), {1: 0.25})
+    assert as_csv(rows) == (
+        "client,sample,label,predicted,actual\n0,3,0,-0.5,0.25\n0,7,0,,\n"
+    )
 
 
 @pytest.mark.parametrize(
