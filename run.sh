@@ -11,7 +11,7 @@ usage: ./run.sh [COMMAND] [SETTINGS]
   sweep SETTINGS        every combination on the local runtime: strategy=fedavg,feddyn seed=0,1,2
   study NAME [size=quick|paper] [seeds=N] [SETTINGS]   measure a claim;  study --list
   report DIR...         compare runs: a table and a plot
-  deploy [SETTINGS]     a real deployment on this machine: TLS, keys, nodes=N processes of their own
+  deploy [--memory] [SETTINGS]   a real deployment on this machine: TLS, keys, nodes=N processes
   bench [OPTIONS]       seconds per round beside stock Flower and no framework;  bench --help
   test [PYTEST OPTIONS] the tests
   install               only make .venv

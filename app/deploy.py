@@ -2,6 +2,7 @@
 
     ./run.sh deploy                                  three nodes, a client and data of its own each
     ./run.sh deploy nodes=4 strategy=scaffold rounds=10
+    ./run.sh deploy --memory ...                     and tell the peak memory of each process
 
 An authority, a certificate and a key for each node are made; a SuperLink with TLS and node
 authentication and a SuperNode for each node are started as processes of their own; the job goes
@@ -10,6 +11,7 @@ through `flwr run`, as a person would send it. What was started is ended, also a
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import signal
@@ -27,7 +29,10 @@ from app.deployment import LINK, Deployment
 from app.errors import UserError
 from app.experiment import run_flower
 from app.host import Samples, setting
+from app.peaks import Peaks
 from app.run import Say
+
+MEMORY = "--memory"
 
 #: What a deployment without settings runs.
 DEFAULTS = ("deployment=shared_data", "nodes=3", "rounds=5", "evaluate_clients=cohort")
@@ -106,7 +111,7 @@ def status(
     return "\n".join(lines)
 
 
-def deploy(given: Sequence[str], say: Say = print) -> Path:
+def deploy(given: Sequence[str], say: Say = print, memory: bool = False) -> Path:
     """Build a deployment, run a job on it, and tear it down.
 
     Parameters
@@ -115,6 +120,8 @@ def deploy(given: Sequence[str], say: Say = print) -> Path:
         Settings, as Hydra overrides.
     say : callable
         Where the lines for a person go.
+    memory : bool
+        Whether to tell the peak of each process's resident memory.
 
     Returns
     -------
@@ -134,12 +141,16 @@ def deploy(given: Sequence[str], say: Say = print) -> Path:
     deployment = Deployment(base / f"deploy-{stamp}-{os.getpid()}")
     say(f"deployment: {deployment.folder}")
     job = [*overrides, f"output_dir='{deployment.folder}/runs'"]
+    peaks = Peaks(deployment.processes)
     try:
         names = build(deployment, overrides, say)
         say(status(deployment, names, config, None))
-        run_flower(job, say, LINK, deployment.environment())
+        with peaks if memory else contextlib.nullcontext():
+            run_flower(job, say, LINK, deployment.environment())
         (run,) = (deployment.folder / "runs").iterdir()
         say(status(deployment, names, config, run))
+        if memory:
+            say(str(peaks))
         return run
     finally:
         deployment.stop()
@@ -156,7 +167,8 @@ def main() -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, interrupted)
     try:
-        deploy(sys.argv[1:])
+        given = [a for a in sys.argv[1:] if a != MEMORY]
+        deploy(given, memory=MEMORY in sys.argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -165,6 +165,9 @@ def train_all(
                     memory = {n: m[row] for n, m in trained.memory.items()}
                     remember(store, k, round_, named[k], keep, memory)
                     probe = _audit(run, memory)
+            except OSError as error:
+                faults[str(k)] = f"state-dir: {brief(error)}"
+                continue
             except Exception as error:
                 faults[str(k)] = brief(error)
                 continue
@@ -179,6 +182,8 @@ def train_all(
             if len(good) < len(trained.clients):
                 up = {n: m[good] for n, m in up.items()}
             collect([trained.clients[row] for row in good], up)
+    for name, why in faults.items():
+        log(WARNING, "round %s: client %s is left out: %s", round_, name, why)
     names = ["trained", *TRAINED, *(f"metrics.{name}" for name in metrics)]
     columns = list(zip(*sorted(rows), strict=True)) or [()] * len(names)
     report: dict[str, Any] = {n: list(c) for n, c in zip(names, columns, strict=True)}

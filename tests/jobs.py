@@ -45,6 +45,8 @@ for module in (heartbeat, fleet_http_connection):
     module.HEARTBEAT_DEFAULT_INTERVAL = 10  # the least that Flower admits
 sys.exit(flower_supernode())
 """
+#: Puts a command in this process's place.
+BEHIND = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
 
 
 class Job:
@@ -168,7 +170,18 @@ class Job:
 
 
 class Lively(Deployment):
-    """A deployment that notices a node's death after 20 s instead of 60: for short tests."""
+    """A deployment that notices a node's death after 20 s instead of 60: for short tests.
+
+    Attributes
+    ----------
+    prepared : dict of str to str
+        By node, shell commands that it runs before it starts, in a mount namespace of its own:
+        what it mounts, nobody else sees, and it goes with the node.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.prepared: dict[str, str] = {}
 
     def _start(
         self, name: str, command: Sequence[str], home: Path
@@ -176,6 +189,10 @@ class Lively(Deployment):
         if command[0] == "flower-supernode":
             python = Path(sys.executable).name
             command = [python, "-c", OFTEN, *command[1:]]
+            if prepare := self.prepared.get(name):
+                whole = f'{prepare} && exec "$@"'
+                inner = ["sh", "-c", whole, "sh", sys.executable, *command[1:]]
+                command = [python, "-c", BEHIND, "unshare", "-rm", *inner]
         return super()._start(name, command, home)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -261,3 +262,55 @@ def test_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert loss[-1] < loss[0]
     # Less than a tenth in the whole of the run.
     assert all(part < 0.1 for part in grown.values()), grown
+
+
+def test_disks_that_are_full_or_read_only(
+    run: Callable[..., Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A node's disk fills up, another's is read-only: both say so, the run goes on.
+
+    The disks are mounts in a namespace of the node's own, which needs no privileges: a tmpfs with
+    room for two memories, and a directory that is bound read-only.
+    """
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    made = Lively(tmp_path / "deployment")
+    full, frozen = (made.folder / f"node-{i}" / "state" for i in (1, 2))
+    made.prepared["node-1"] = f"mount -t tmpfs -o size=8k none '{full}'"
+    made.prepared["node-2"] = (
+        f"mount --bind '{frozen}' '{frozen}' && mount -o remount,ro,bind '{frozen}'"
+    )
+    try:
+        made.start_link()
+        for i, clients in enumerate(("0,3", "1,4", "2,5"), start=1):
+            made.add_node(f"node-{i}", {"clients": clients})
+            made.start_node(f"node-{i}")
+        made.wait_online(3)
+        common = [o for o in JOB if not o.startswith(("min_replies", "nodes"))]
+        common += ["min_replies=1", "strategy=feddyn", "rounds=3"]
+        job = Job(made, "disks", [*common, "nodes=3", "deadline=150"])
+        job.submit()
+        result = job.finish(900)
+        logs = [made.log(f"node-{i}").read_text() for i in (1, 2, 3)]
+    finally:
+        made.stop()
+    failed = [r["clients"]["failed"] for r in result.records[1:]]
+    assert [sorted(f) for f in failed] == [["1", "4"], *[["0", "1", "3", "4"]] * 2]
+    assert "state-dir: OSError: [Errno 28] No space left on device" in failed[1]["0"]
+    assert "state-dir: OSError: [Errno 30] Read-only file system" in failed[0]["1"]
+    assert "client 0 is left out: state-dir" in logs[0]
+    assert "client 1 is left out: state-dir" in logs[1]
+    assert "left out" not in logs[2]
+    assert all(r["checks"]["memory_gap"] < 1e-5 for r in result.records[1:])
+    lost = {0: {1, 4}, 1: {0, 1, 3, 4}, 2: {0, 1, 3, 4}}
+    ours = run(
+        *[*common, "nodes=6"],
+        grid=lambda o: test_durability.Deaf(o, lost),
+        quick=(),
+    )
+    torch.testing.assert_close(result.theta, ours.theta, rtol=1e-4, atol=1e-6)
+    with capsys.disabled():
+        print(
+            "| a state-dir of 8 kB (tmpfs) and one that is read-only, on two of three nodes "
+            f"| 3 rounds | {failed[1]['0']}; {failed[0]['1'][:70]}; the model of lost replies |"
+        )
