@@ -11,7 +11,7 @@ import time
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from app import relay_node
+from app import hyper_node, relay_node
 from app.judging import evaluate, received
 from app.node import Node, remembered, respond, train_all
 from strategies.algorithm import Client, Vectors
@@ -74,6 +74,12 @@ def tell_memories(message: Message, context: Context) -> Message:
     sums, found = remembered(node, run, theta.cpu(), order, context)
     report = MetricRecord({"clients": found})
     return Message(RecordDict({"sums": pack(sums), "report": report}), reply_to=message)
+
+
+@app.query("hyper")
+def estimate(message: Message, context: Context) -> Message:
+    """Take part in an estimate of hyper-gradients."""
+    return hyper_node.work(message, context)
 
 
 @app.evaluate()

@@ -33,6 +33,7 @@ PARTS = (
     "optimizer",
     "privacy",
     "estimate",
+    "personal",
 )
 PRESETS = ("deployment", "experiment")
 GROUPS = (*PARTS, *PRESETS)

@@ -23,6 +23,7 @@ from app.binding import Group, Model, bind, explain
 from app.compose import PARTS, PRESETS, compose, first_line, names
 from app.errors import UserError, nearest
 from app.network_check import check_estimate, check_network
+from app.personal_check import check_personal
 from app.programs import known
 from strategies.engine import Choice
 from strategies.gossip import solver_of
@@ -82,6 +83,7 @@ class Config(Model):
     optimizer: Group
     privacy: Group
     estimate: Group
+    personal: Group
     rounds: Annotated[int, Field(ge=0)]
     clients: Annotated[int, Field(ge=1)]
     clients_per_round: Annotated[int, Field(ge=1)]
@@ -216,6 +218,7 @@ def _check(config: Config) -> None:
     check_network(config)
     bind("privacy", config.privacy)
     check_estimate(config)
+    check_personal(config)
     bind("data", config.data)
     bind("partition", config.partition, ("labels", "natural", "clients", "seed"))
     bind("shift", config.shift)

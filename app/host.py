@@ -19,18 +19,19 @@ from torch import Tensor
 
 from app.arrays import npz
 from app.binding import Group, bind
-from app.building import make_model
 from app.config import Config, device_of, load
 from app.data import Dataset, Split
 from app.errors import UserError
 from app.images import imagefolder
 from app.layers import noise_shapes
+from app.learners import modules, personal
 from app.shift import shifted
 from strategies.gossip import solver_of
 from strategies.individual import Plural, Tailored
 from strategies.local import Part, Trainer
 from strategies.objective import Objective
-from strategies.randomness import generator, permutations
+from strategies.personalize import Personalize
+from strategies.randomness import permutations
 from strategies.wire import DTYPES
 
 
@@ -182,16 +183,12 @@ def _dataset(group: str, dtype: str, device: str) -> Dataset:
 
 def objective(config: Config, dataset: Dataset) -> Objective:
     """Build the model of a run, weights drawn from its seed, on its device."""
-    build = bind("model", config.model, ("input_shape", "outputs", "vocabulary"))
+    how = bind("personal", config.personal)()
+    if isinstance(how, Personalize):
+        return personal(config, dataset, how)
     algorithm = solver_of(bind("strategy", config.strategy)())
     more = algorithm.learners - 1 if isinstance(algorithm, Plural) else 0
-    # The first is the plain model of this seed; the others' weights are draws of their own.
-    drawn = [generator(config.seed, "learner", k) for k in range(1, more + 1)]
-    seeds = [config.seed, *(random.initial_seed() for random in drawn)]
-    module, *learners = [
-        make_model(build, dataset, seed).to(config.torch_device, config.torch_dtype)
-        for seed in seeds
-    ]
+    module, *learners = modules(config, dataset, more + 1)
     shapes = noise_shapes(module)
     return Objective(module, dataset.loss, shapes, learners)
 

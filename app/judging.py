@@ -19,11 +19,13 @@ from flwr.app import ConfigRecord, Context
 from flwr.common.logger import log
 from torch import Tensor
 
+from app.hypers import Hypers, hypers_of
 from app.store import recall
 from strategies.algorithm import Client, Individual, Vectors
 from strategies.engine import choose, train
 from strategies.individual import Practising, surveyed
 from strategies.local import Job, Part, Trainer
+from strategies.personal_objective import PersonalObjective
 from strategies.privacy import Unprotected
 
 if TYPE_CHECKING:
@@ -65,6 +67,9 @@ def received(
     clients = cast(list[int], order["evaluate"])
     if isinstance(run.algorithm, Individual):
         return individually(node, run, down, order, context)
+    if hyper := hypers_of(node, order, context):
+        given = ((k, predictor(run, down, hyper, k)) for k in clients)
+        return {k: scored(run, predict, node, k) for k, predict in given}
     parts = [node.samples(k).judged() for k in clients]
     if not parts:
         return {}
@@ -171,6 +176,14 @@ def _practised(
             mine["buffers"] = change["buffers"]
         found.append(replace(job, own={**job.own, **mine}))
     return found
+
+
+def predictor(run: Trainer, down: Vectors, hyper: Hypers | None, k: int) -> Predict:
+    """Return what client k predicts with a model: in its own way, if it has hyper-parameters."""
+    goal = run.objective
+    if hyper is not None and isinstance(goal, PersonalObjective):
+        return functools.partial(goal.predictions, down["theta"], hyper(k))
+    return functools.partial(goal.net(down["buffers"]), down["theta"])
 
 
 def scored(run: Trainer, predict: Predict, node: Node, k: int) -> Row:

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from app.config import from_run_config, load
 from app.host import hosted, objective, setting, source, trainer
+from app.hypers import hypers_of
 from app.judging import brief
+from app.personal_check import settings
 from app.programs import program_of
 from app.store import (
     ContextStore,
@@ -59,7 +61,8 @@ class Node:
     def binds_clients(self) -> bool:
         """Return whether a client can train here alone: its samples or its memory are here."""
         run, own = self.trainer(), {"clients", "data-path"} & self.node.keys()
-        return bool(own or run.fresh(run.objective.initial()[0]))
+        remembers = run.fresh(run.objective.initial()[0])
+        return bool(own or remembers or settings(self.config))
 
     def store(self, context: Context, order: ConfigRecord) -> Store:
         """Return where this run's memories are.
@@ -118,6 +121,7 @@ def train_all(
         Client id to the reason why it did not.
     """
     round_, keep = cast(int, order["round"]), cast(int, order["keep"])
+    since = cast(int, order["since"])  # inner training has begun anew after this round
     named = dict(
         zip(
             cast(list[int], order["train"]),
@@ -134,15 +138,17 @@ def train_all(
     except OSError as error:  # a disk that is full or read-only costs all its clients
         faults |= dict.fromkeys(map(str, named), f"state-dir: {brief(error)}")
         named = {}
+    hyper = hypers_of(node, order, context)
     for k, version in named.items():
         try:
             samples = node.samples(k)
             part, size = samples.train, len(samples.train)
             mine = (own or {}).get(k, {})
             blank = run.fresh(mine["theta"]) if fresh and mine else fresh
-            memory = recall(store, k, version, blank)
+            memory = recall(store, k, version, blank) if version > since else blank
             client = Client(k, size, size / mean_samples, samples.entropy)
-            jobs.append(Job(client, part, memory, mine))
+            l_k = hyper(k) if hyper else None
+            jobs.append(Job(client, part, memory, mine, l_k))
         except Lost as error:
             faults[str(k)] = str(error)[:300]
             lost.append(k)
@@ -152,7 +158,7 @@ def train_all(
     engine = choose(node.config.engine, run.objective, len(jobs), device)
     rows: list[list[float]] = []
     metrics = [] if run.privacy.silent else list(run.optimizer.metrics)
-    for trained in _safely(run, down, jobs, round_, engine, faults):
+    for trained in _safely(run, down, jobs, round_ - since, engine, faults):
         bad, losses, good = trained.faults(), trained.losses.tolist(), []
         seconds = trained.seconds / len(trained.clients)
         told = [trained.told[name].tolist() for name in metrics]

@@ -6,7 +6,6 @@ that trained. A row holds the parameters and then the buffers.
 
 from __future__ import annotations
 
-import functools
 import time
 from typing import cast
 
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from app.binding import bind
 from app.host import setting
-from app.judging import Scores, evaluate, individually, score, scored
+from app.hypers import hypers_of
+from app.judging import Scores, evaluate, individually, predictor, score, scored
 from app.node import Node, train_all
 from strategies.algorithm import Client, Individual, Vectors
 from strategies.gossip import Gossip
@@ -88,9 +88,9 @@ def _judged(
         down = next(iter(own.values())) if own else {}
         return individually(node, run, down, order, context, own)
     found: Scores = {}
+    hyper = hypers_of(node, order, context)
     for k in clients:
-        net = run.objective.net(own[k]["buffers"])
-        predict = functools.partial(net, own[k]["theta"])
+        predict = predictor(run, own[k], hyper, k)
         if common is None:
             found[k] = scored(run, predict, node, k)
         else:

@@ -24,6 +24,7 @@ from app.exchange import exchange
 from app.host import Setting, objective, setting, trainer
 from app.joining import wait_for_clients
 from app.local_grid import LocalGrid
+from app.outer import outer
 from app.records import read_rounds
 from app.resume import describe, find_unfinished
 from app.rounds import Rounds
@@ -86,6 +87,7 @@ class Run:
             raise UserError(f"strategy={self.config.strategy.name}: {why}")
         self.federation = strategy(self.config, local)
         self.rounds = Rounds(self.federation, self.config, say)
+        self.outer = outer(self.federation, self.config, say)
         self.callbacks = [*stops(self.config.stop), *callbacks]
         self.records: list[dict[str, Any]] = []
         self.first = 1
@@ -132,6 +134,8 @@ class Run:
         round_, vectors, rest = found
         empty = torch.zeros(0, dtype=self.config.torch_dtype)
         self.federation.restore({"buffers": empty, **vectors}, rest)
+        if self.outer:
+            self.outer.restore(rest["outer"])
         self.federation.keep = checkpoint.oldest(path / "checkpoints")
         self.first = round_ + 1
         directory = RunDir.reopen(path, round_)
@@ -184,6 +188,9 @@ class Run:
             "clients": self._clients(),
             "seconds": time.perf_counter() - began,
         }
+        if self.outer:
+            summary["personal"] = self.outer.best
+            self.outer.settle(grid, self.records[-1]["round"])
         self.say(self.directory.finish(summary, self._tensors()))
         if isinstance(self.federation, Relay):
             place = self.directory.path
@@ -239,6 +246,8 @@ class Run:
                 round_,
                 told.gap,
             )
+        if self.outer:
+            self.outer.after(grid, round_, record, self.directory.path)
         return record, rows
 
     def _evaluate(self) -> dict[str, Any]:
@@ -296,6 +305,7 @@ class Run:
         every = self.config.checkpoint_every
         if every and round_ % every == 0:
             vectors, rest = self.federation.state()
+            rest |= {"outer": self.outer.state()} if self.outer else {}
             folder = self.directory.path / "checkpoints"
             keep = self.config.checkpoint_keep
             self.federation.keep = checkpoint.save(folder, round_, vectors, rest, keep)

@@ -45,14 +45,23 @@ class Store(Protocol):
 
 
 class ContextStore:
-    """Versions in the state of a Flower context."""
+    """Versions in the state of a Flower context.
 
-    def __init__(self, state: RecordDict) -> None:
+    Parameters
+    ----------
+    state : RecordDict
+        The context's state.
+    kind : str
+        What is kept: names of one kind do not meet those of another.
+    """
+
+    def __init__(self, state: RecordDict, kind: str = "memory") -> None:
         self.state = state
+        self.kind = kind
 
     def versions(self, client: int) -> list[int]:
         """Return the rounds of which a version is here, ascending."""
-        prefix = f"memory.{client}."
+        prefix = f"{self.kind}.{client}."
         found = [
             key.removeprefix(prefix) for key in self.state if key.startswith(prefix)
         ]
@@ -60,19 +69,19 @@ class ContextStore:
 
     def load(self, client: int, version: int, like: Vectors) -> Vectors:
         """Return a version; KeyError if it is not here."""
-        record = self.state[f"memory.{client}.{version}"]
+        record = self.state[f"{self.kind}.{client}.{version}"]
         if not isinstance(record, ArrayRecord):
-            raise KeyError(f"memory.{client}.{version} is no array record")
+            raise KeyError(f"{self.kind}.{client}.{version} is no array record")
         dtype = next(iter(like.values())).dtype
         return unpack(record, {n: len(v) for n, v in like.items()}, dtype)
 
     def save(self, client: int, version: int, memory: Vectors) -> None:
         """Write a version."""
-        self.state[f"memory.{client}.{version}"] = pack(memory)
+        self.state[f"{self.kind}.{client}.{version}"] = pack(memory)
 
     def drop(self, client: int, version: int) -> None:
         """Remove a version."""
-        del self.state[f"memory.{client}.{version}"]
+        del self.state[f"{self.kind}.{client}.{version}"]
 
 
 class DirectoryStore:

@@ -121,7 +121,8 @@ def loop(
         rows = part.index.index_select(0, drawn[0].to(part.index.device))
         noise = noise_of(trainer, round_, who, first, drawn) if noisy else {}
         noise = {n: v[0].to(part.x.device) for n, v in noise.items()}
-        batch = Batch(part.x.index_select(0, rows), part.y.index_select(0, rows), noise)
+        x, y = part.x.index_select(0, rows), part.y.index_select(0, rows)
+        batch = Batch(x, y, noise, hyper=job.hyper)
         if t in due and optimizer.curvature:
             place = Place(trainer.seed, round_, job.client.id, t, first)
             random = trainer.draw(place, batch.y.shape).to(theta.device)

@@ -33,7 +33,7 @@ from strategies.individual import sizes
 from strategies.mean import Mean
 from strategies.privacy import Privacy, Unprotected
 from strategies.randomness import generator
-from strategies.roster import Roster, versions_of
+from strategies.roster import Roster, hypers_of, versions_of
 from strategies.wire import pack, unpack, weigh
 
 
@@ -87,6 +87,7 @@ class Federation(Strategy):
         privacy: Privacy | None = None,
     ) -> None:
         self.algorithm = algorithm
+        self._initial = theta, buffers
         self.server = algorithm.start(theta)
         self.buffers = buffers
         self.roster = Roster(clients, holdout, seed)
@@ -98,6 +99,9 @@ class Federation(Strategy):
         self.min_replies = min_replies
         self.privacy: Privacy = privacy or Unprotected()
         self.ledger: dict[int, int] = {}
+        #: Versions of the clients' hyper-parameters, None if they have none (see `bilevel`).
+        self.hyper: dict[int, int] | None = None
+        self.since = 0  # the last round before the inner training that goes on now
         self.probes: dict[int, float] = {}
         self.keep = 0
         self.state_dir = ""
@@ -144,6 +148,7 @@ class Federation(Strategy):
         places = self.roster.place(train, self.work)
         for node in sorted({*places.values(), *(hosts[k] for k in evaluate)}):
             mine = [k for k in train if places[k] == node]
+            judged = [k for k in evaluate if hosts[k] == node]
             order: dict[str, Any] = {
                 "round": server_round,
                 "train": mine,
@@ -152,12 +157,14 @@ class Federation(Strategy):
                 **versions_of(self.algorithm, judged, self.ledger),
                 "keep": self.keep,
                 "mean_samples": self.roster.mean_samples,
+                "since": self.since,
+                **hypers_of(self.hyper, {*mine, *judged}),
                 **self.place(),
             }
             content = RecordDict({"down": down, "order": ConfigRecord(order)})
             add_bytes(self.round.down, weigh(content))
             messages.append(Message(content, node, kind, group_id=str(server_round)))
-            self._asked[node] = mine, order["evaluate"]
+            self._asked[node] = mine, judged
         return messages
 
     def place(self) -> dict[str, str]:
@@ -214,8 +221,9 @@ class Federation(Strategy):
         values = mean.value(self.server["theta"].dtype)
         buffers = values.pop("buffers", self.buffers)
         values = self.privacy.publish(values, len(probes))
-        newcomers = sum(k not in self.ledger for k in probes)
-        cohort = Cohort(len(probes), self.roster.clients, newcomers, server_round)
+        newcomers = sum(self.ledger.get(k, 0) <= self.since for k in probes)
+        clock = server_round - self.since
+        cohort = Cohort(len(probes), self.roster.clients, newcomers, clock)
         server = self.algorithm.update(self.server, values, cohort)
         if not all(bool(torch.isfinite(v).all()) for v in server.values()):
             self.round.failed |= dict.fromkeys(
@@ -283,6 +291,7 @@ class Federation(Strategy):
             "probes": {str(k): p for k, p in self.probes.items()},
             "mean_samples": self.roster.mean_samples,
             "run": self.key,
+            "since": self.since,
         }
         return {**self.server, "buffers": self.buffers}, rest
 
@@ -293,7 +302,13 @@ class Federation(Strategy):
         self.ledger = {int(k): r for k, r in rest["ledger"].items()}
         self.probes = {int(k): p for k, p in rest["probes"].items()}
         self.roster.mean_samples = rest["mean_samples"]
-        self.key = rest["run"]
+        self.key, self.since = rest["run"], rest["since"]
+
+    def restart(self) -> None:
+        """Begin inner training anew: from the first model, with clients that remember nothing."""
+        theta, self.buffers = self._initial
+        self.server = self.algorithm.start(theta)
+        self.since, self.probes = self.round.number, {}
 
 
 def probe_direction(seed: int, size: int) -> Tensor:

@@ -152,7 +152,8 @@ def hypergradients(
     alpha = settings.alpha
     if settings.power_steps:
         found = _largest(products, links, settings.power_steps, network.seed)
-        _judge(alpha, found)
+        if why := doubt(alpha, found):
+            warnings.warn(why, RuntimeWarning, stacklevel=2)
     u, v = products.outer()
     u, v = u / n, tuple(part / n for part in v)
     if watch:
@@ -194,20 +195,17 @@ def _largest(products: Products, links: Links, steps: int, seed: int) -> Tensor:
     return found
 
 
-def _judge(alpha: float, found: Tensor) -> None:
-    """Warn of an alpha with which the series diverges."""
+def doubt(alpha: float, found: Tensor) -> str:
+    """Say why the series may diverge with an alpha, by the eigenvalues found; empty if not."""
     largest, least = float(found.max()), float(found.min())
     if least < 0:
-        warnings.warn(
+        return (
             f"the mean Hessian has an eigenvalue near {least:.3g}: the models are not at a "
-            "minimum, and the series diverges with every alpha",
-            RuntimeWarning,
-            stacklevel=3,
+            "minimum, and the series diverges with every alpha"
         )
-    elif largest > 0 and alpha >= 2 / largest:
-        warnings.warn(
+    if largest > 0 and alpha >= 2 / largest:
+        return (
             f"alpha={alpha:g} is too large: the series converges below "
-            f"2/lambda_max = {2 / largest:.3g}",
-            RuntimeWarning,
-            stacklevel=3,
+            f"2/lambda_max = {2 / largest:.3g}"
         )
+    return ""

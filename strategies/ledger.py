@@ -11,7 +11,7 @@ from torch import Tensor
 from strategies.algorithm import Client
 from strategies.faults import Mask
 from strategies.network import Network
-from strategies.pushsum import BLOCK, WIDTH, Flight, Matrix, State
+from strategies.pushsum import BLOCK, WIDTH, Flight, Matrix, State, hand_over
 from strategies.roster import Roster
 from strategies.topology import Floats
 
@@ -49,6 +49,16 @@ def opened(
     # What x says, also where float32 cannot hold the weight: z is the value exactly.
     state.w = weights.astype(value.dtype).astype(np.float64)
     return state
+
+
+def say_goodbye(network: Network, carried: Mapping[str, State], t: int) -> None:
+    """Take out those who crash or leave as round t begins."""
+    crashed, left = network.faults.going(t)
+    present = network.faults.present(t, network.n)
+    for k in [*crashed, *left]:
+        heir = network.heir(k, t, present) if k in left else None
+        for state in carried.values():
+            hand_over(state, k, heir)
 
 
 def audit(

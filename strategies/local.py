@@ -87,12 +87,15 @@ class Job:
         Its memory, of the version that the server names.
     own : Vectors
         What was sent to it alone, in place of what all received: ``theta``, ``buffers``.
+    hyper : Tensor or None
+        Its own hyper-parameters, (p,), if clients have any.
     """
 
     client: Client
     part: Part
     memory: Vectors
     own: Vectors = field(default_factory=dict)
+    hyper: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,15 @@ class Batch:
         Uniform numbers for the model's dropout layers, by buffer name, shape (B, ...).
     weights : Tensor or None
         Weight of each sample in the mean loss, shape (B,), with sum 1; None weighs alike.
+    hyper : Tensor or None
+        Hyper-parameters of the client that it is from, (p,), if clients have any.
     """
 
     x: Tensor
     y: Tensor
     noise: Mapping[str, Tensor]
     weights: Tensor | None = None
+    hyper: Tensor | None = None
 
 
 def _slot(module: nn.Module, name: str, kind: str) -> tuple[dict[str, Any], str]:

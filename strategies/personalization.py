@@ -126,19 +126,25 @@ class Personal:
         return found[0]
 
     def inner(
-        self, theta: Tensor, lam: Tensor, own: Own, rows: Tensor | None = None
+        self,
+        theta: Tensor,
+        lam: Tensor,
+        own: Own,
+        rows: Tensor | None = None,
+        shares: Tensor | None = None,
     ) -> Tensor:
-        """Return f_i, of some training samples (row numbers) or of all."""
-        rows = torch.arange(len(own.y), device=own.y.device) if rows is None else rows
-        y = own.y[rows]
-        losses = F.cross_entropy(
-            self.predict(theta, lam, own, own.x[rows]), y, reduction="none"
-        )
+        """Return f_i, of some training samples (row numbers) or of all.
+
+        ``shares`` (B,), with sum 1, are the samples' weights in the mean, None for equal ones.
+        """
+        x, y = (own.x, own.y) if rows is None else (own.x[rows], own.y[rows])
+        rows = torch.arange(len(y), device=y.device) if rows is None else rows
+        losses = F.cross_entropy(self.predict(theta, lam, own, x), y, reduction="none")
         parts = self.split(lam, own)
         for family, part in parts:
             weights = family.weights(y, rows, part)
             losses = losses if weights is None else weights * losses
-        cost = losses.mean()
+        cost = losses.mean() if shares is None else (shares * losses).sum()
         for family, part in parts:
             penalty = family.penalty(theta, part)
             cost = cost if penalty is None else cost + penalty

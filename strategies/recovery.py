@@ -47,8 +47,10 @@ def begin_anew(
     list of int
         Those that begin anew; empty if some of the others cannot be asked now.
     """
-    ledger = federation.ledger
-    gone = sorted(ledger.keys() & set(lost))
+    since = federation.since  # what was remembered before counts no more
+    ledger = {k: v for k, v in federation.ledger.items() if v > since}
+    hypers = federation.hyper or {}
+    gone = sorted((ledger.keys() | hypers.keys()) & set(lost))
     server = isinstance(federation, Federation)  # a relay keeps no mean of memories
     if gone and server and federation.algorithm.mirror is not None:
         try:
@@ -56,11 +58,12 @@ def begin_anew(
         except Refused as error:
             log(WARNING, "clients %s cannot begin anew yet: %s", gone, error)
             return []
-        seen, total = len(ledger) - len(gone), federation.roster.clients
+        seen, total = len(ledger.keys() - set(gone)), federation.roster.clients
         algorithm = cast(Mirrored, federation.algorithm)
         federation.server = algorithm.recount(federation.server, sums, seen, total)
     for k in gone:
-        del ledger[k]
+        federation.ledger.pop(k, None)
+        hypers.pop(k, None)
         federation.probes.pop(k, None)
     return gone
 

@@ -33,10 +33,10 @@ from torch import Tensor
 
 from strategies.acceptance import Accepted, Round, add_bytes, replies_of
 from strategies.gossip import Carried, Gossip, Kept
-from strategies.ledger import audit, opened, restored, saved, smallest
+from strategies.ledger import audit, opened, restored, saved, say_goodbye, smallest
 from strategies.network import Network
-from strategies.pushsum import hand_over, mix
-from strategies.roster import Roster, versions_of
+from strategies.pushsum import mix
+from strategies.roster import Roster, hypers_of, versions_of
 from strategies.watch import Watch
 from strategies.wire import pack, weigh
 
@@ -76,16 +76,17 @@ class Relay(Strategy):
         min_replies: int = 0,
     ) -> None:
         self.algorithm, self.network = algorithm, network
-        self.server, self.buffers = {"theta": theta}, buffers
+        self._initial = self.server, self.buffers = {"theta": theta}, buffers
         self.roster = Roster(network.n, 0, seed)
         self.per_round, self.min_replies = per_round, min_replies
         self.evaluate_every, self.evaluate_clients = evaluate_every, evaluate_clients
         self.work, self.metrics = work, metrics
         self.ledger: dict[int, int] = {}
+        self.hyper: dict[int, int] | None = None  # the ledger of `bilevel.py`
+        self.since = 0  # the last round before the inner training that goes on now
         self.probes: dict[int, float] = {}  # there is no server vector to audit by them
         self.keep, self.state_dir = 0, ""
-        # Tells this run from others in a node's own directory; a resumed run keeps it.
-        self.key = secrets.token_hex(8)
+        self.key = secrets.token_hex(8)  # of this run; a resumed run keeps it
         self.round = Round(0)
         self.carried: Carried = {}
         self.kept: Kept = {}
@@ -113,15 +114,15 @@ class Relay(Strategy):
         t, again = server_round - 1, self.round.number == server_round
         self.round = Round(server_round)
         if not again:  # else too few have answered: what came before them has happened
-            self._say_goodbye(t)
+            say_goodbye(self.network, self.carried, t)
             self.links = self.network.at(t)
             if self.algorithm.mixes_first:
                 self._mix(server_round)
         drawn = self.roster.draw(server_round, self.per_round)
         training = [k for k in drawn if self.links.awake[k] and self._has_mass(k)]
-        late = self.network.faults.late(self.network.seed, t, self.network.n)
-        if not self.algorithm.trains(server_round):
+        if not self.algorithm.trains(server_round - self.since):
             training = []
+        late = self.network.faults.late(self.network.seed, t, self.network.n)
         why = "its reply came too late (faults.straggle)"
         self.round.failed |= {k: why for k in training if late[k]}
         due = self.evaluate_every and t % self.evaluate_every == 0
@@ -160,6 +161,8 @@ class Relay(Strategy):
                 **versions_of(self.algorithm.solver, judged, self.ledger),
                 "keep": self.keep,
                 "mean_samples": self.roster.mean_samples,
+                "since": self.since,
+                **hypers_of(self.hyper, {*rows}),
                 **self.place(),
             }
             block = torch.from_numpy(self.carried["model"].z(rows)).reshape(-1)
@@ -186,8 +189,7 @@ class Relay(Strategy):
             why = "no reply before the deadline"
             log(WARNING, "round %s: node %s: %s", server_round, node, why)
             self.round.failed |= dict.fromkeys(asked, why)
-        count = sum(len(reply.trained) for reply in found)
-        if count < min(self.min_replies, wanted):
+        if sum(len(r.trained) for r in found) < min(self.min_replies, wanted):
             self.round.short = True
             self.round.enter_failed(self.roster)
             return None, None
@@ -202,13 +204,12 @@ class Relay(Strategy):
 
     def _accepted(self, replies: Iterable[Message]) -> Iterator[Accepted]:
         """Yield what may be used of the replies."""
-        size = self.carried["model"].x.shape[1]
         return replies_of(
             replies,
             self.round,
             self._asked,
             self.roster,
-            {"delta": size},
+            {"delta": self.carried["model"].x.shape[1]},
             self.server["theta"].dtype,
             self.metrics,
             each=True,
@@ -237,14 +238,11 @@ class Relay(Strategy):
         smallest(self.carried["model"].w, present, self.algorithm.min_weight)
         self.watch.see(self.links, server_round - 1)
 
-    def _say_goodbye(self, t: int) -> None:
-        """Take out those who crash or leave as round t begins."""
-        crashed, left = self.network.faults.going(t)
-        present = self.network.faults.present(t, self.network.n)
-        for k in [*crashed, *left]:
-            heir = self.network.heir(k, t, present) if k in left else None
-            for state in self.carried.values():
-                hand_over(state, k, heir)
+    def restart(self) -> None:
+        """Begin inner training anew: from the first model, with clients that remember nothing."""
+        self.server, self.buffers = self._initial
+        self.since = self.round.number
+        self._begin()
 
     # What is told.
 
@@ -272,8 +270,8 @@ class Relay(Strategy):
         self.round = Round(server_round)
         if not self.carried:
             self._begin()
-        everyone = self._evaluators(self.roster.trainable())
-        return self._messages([], everyone, MessageType.EVALUATE)
+        judges = self._evaluators(self.roster.trainable())
+        return self._messages([], judges, MessageType.EVALUATE)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -290,13 +288,14 @@ class Relay(Strategy):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors and the JSON-able rest from which ``restore`` continues."""
         tensors = {"weights": torch.from_numpy(self.weights)}
-        for name, state in self.carried.items():
-            tensors |= saved(name, state)
+        for name, carried in self.carried.items():
+            tensors |= saved(name, carried)
         tensors |= {f"kept.{n}": torch.from_numpy(m) for n, m in self.kept.items()}
         rest = {
             "ledger": {str(k): r for k, r in self.ledger.items()},
             "mean_samples": self.roster.mean_samples,
             "run": self.key,
+            "since": self.since,
             "done": self.round.number,
             "lost": {n: s.lost_w for n, s in self.carried.items()},
             "window": self.watch.state(),
@@ -316,5 +315,6 @@ class Relay(Strategy):
             if n.startswith("kept.")
         }
         self.ledger = {int(k): r for k, r in rest["ledger"].items()}
-        self.roster.mean_samples, self.key = rest["mean_samples"], rest["run"]
+        self.roster.mean_samples = rest["mean_samples"]
+        self.key, self.since = rest["run"], rest["since"]
         self.watch.restore(int(rest["done"]), rest["window"])

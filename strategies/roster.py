@@ -189,3 +189,13 @@ def versions_of(
     if not isinstance(algorithm, Individual):
         return {}
     return {"evaluated_versions": [ledger.get(k, 0) for k in judged]}
+
+
+def hypers_of(
+    versions: Mapping[int, int] | None, clients: set[int]
+) -> dict[str, list[int]]:
+    """Return what an order says of the hyper-parameters of some clients, if they have any."""
+    if versions is None:
+        return {}
+    mine = sorted(clients & versions.keys())
+    return {"hyper": mine, "hyper_versions": [versions[k] for k in mine]}

@@ -110,6 +110,9 @@ def vectorized(
     optimizer = trainer.optimizer
     anchor, shared = anchors(down, jobs), jobs[0].part
     plan = schedule(trainer, jobs, round_, anchor.dtype)
+    hyper: Vectors = {}
+    if all(job.hyper is not None for job in jobs):
+        hyper = stacked([{"l": job.hyper} for job in jobs if job.hyper is not None])
     constant, moving = begun(trainer, down, jobs)
     due = [
         optimizer.refreshes(j.memory, round_, steps)
@@ -151,7 +154,8 @@ def vectorized(
             counts = torch.tensor(plan.steps[:active]).to(theta)
             constant = {**constant, "progress": (t + 0.5) / counts}
         one = later if t else first
-        given = theta, anchor[:active], constant, moving, x, y, weights, noise
+        own = {n: v[:active] for n, v in hyper.items()}
+        given = theta, anchor[:active], constant, moving, x, y, weights, noise, own
         theta, constant, moving, loss = one(*given)
         full = full if t else constant
         sums[:active] += loss
@@ -199,8 +203,9 @@ def _client_step(
         y: Tensor,
         weights: Tensor,
         noise: Vectors,
+        hyper: Vectors,
     ) -> tuple[Tensor, Vectors, Vectors, Tensor]:
-        batch = Batch(x, y, noise, weights)
+        batch = Batch(x, y, noise, weights, hyper.get("l"))
 
         def loss_of(point: Tensor) -> Tensor:
             if trainer.costing:

@@ -1,0 +1,213 @@
+"""The outer level of a personalized run: after every so many rounds, a step of the clients' own.
+
+The record of such a round has what the clients measured before the step, each with its own model
+and hyper-parameters, what became of it, and what it cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from app import durable
+from app.config import Config
+from app.errors import UserError
+from app.exchange import exchange
+from app.personal_check import settings
+from strategies.bilevel import Bilevel
+from strategies.federation import Federation
+from strategies.hyper_wire import Told
+from strategies.relay import Relay
+
+#: The model whose hyper-parameters validation prefers, in the run's directory.
+BEST = "best.safetensors"
+
+
+def outer(
+    federation: Federation | Relay, config: Config, say: Callable[[str], None]
+) -> Outer | None:
+    """Return the outer level of a run, None if its clients have nothing of their own."""
+    how = settings(config)
+    return None if how is None else Outer(Bilevel(federation, how), config, say)
+
+
+class Outer:
+    """Takes the outer steps of a run.
+
+    Parameters
+    ----------
+    level : Bilevel
+        Asks the clients.
+    config : Config
+        Deadline, and what becomes of clients that have lost what they remember.
+    say : callable
+        Where the lines for a person go.
+
+    Attributes
+    ----------
+    steps : int
+        Taken so far.
+    best : dict
+        What the clients told when validation was best, and its ``round`` and ``step``.
+    """
+
+    def __init__(
+        self, level: Bilevel, config: Config, say: Callable[[str], None]
+    ) -> None:
+        self.level, self.config, self.say = level, config, say
+        self.steps, self.best = 0, dict[str, Any]()
+
+    def after(
+        self, grid: Grid, round_: int, record: dict[str, Any], place: Path
+    ) -> None:
+        """Take the outer step that is due after a round, and enter it into the round's record.
+
+        After the last round, or where no steps are taken, the clients only measure.
+
+        Parameters
+        ----------
+        grid : Grid
+            Where the nodes are.
+        round_ : int
+            The round.
+        record : dict
+            Its record, to which ``personal`` is added, and the cost of it to the other costs.
+        place : Path
+            The run's directory.
+
+        Raises
+        ------
+        UserError
+            If a client has lost what it remembers and ``lost_state=fail``.
+        """
+        how, last = self.level.how, round_ == self.config.rounds
+        due = bool(how.every) and round_ % how.every == 0
+        if not (due or last):
+            return
+
+        def ask(messages: list[Message]) -> list[Message]:
+            return exchange(grid, messages, self.config.deadline)
+
+        def better(told: Told) -> bool:
+            return self._is_best(told, round_, place)
+
+        self.level.federation.roster.call(grid)
+        if last:
+            told = self.level.look(round_, ask)
+            better(told)
+        else:
+            told = self.level.estimate(round_, better, ask)
+            self.steps += 1
+        self._lose(told)
+        found = summary(told) | {"step": self.steps, "best": self.best.get("round")}
+        self._enter(record, told, found)
+        measured = found.get("accuracy_mean", math.nan)
+        self.say(
+            f"round {round_}: own models {measured:.4f}, best after round "
+            f"{found['best']}; {len(told.moved)} clients took step {self.steps}"
+            if not last
+            else f"round {round_}: own models {measured:.4f}, best after round {found['best']}"
+        )
+        if due and not last and how.start == "cold":
+            self.level.federation.restart()
+
+    def settle(self, grid: Grid, round_: int) -> None:
+        """Let the clients return to what validation preferred, once the run has ended."""
+        if not self.steps:
+            return
+
+        def ask(messages: list[Message]) -> list[Message]:
+            return exchange(grid, messages, self.config.deadline)
+
+        self.level.settle(round_, self.best.get("round") == round_, ask)
+
+    def _is_best(self, told: Told, round_: int, place: Path) -> bool:
+        """Say whether validation has never been better, and keep the model if so."""
+        found = summary(told)
+        if "validation_accuracy_mean" not in found:
+            return False
+
+        def rank(found: Mapping[str, Any]) -> tuple[float, float]:
+            return found["validation_accuracy_mean"], -found["validation_loss_mean"]
+
+        if self.best and rank(found) <= rank(self.best):
+            return False
+        self.best = {"round": round_, "step": self.steps, **found}
+        federation = self.level.federation
+        vectors = {"theta": federation.server["theta"]}
+        if isinstance(federation, Relay):
+            vectors["models"] = torch.from_numpy(federation.carried["model"].z())
+        durable.write(place / BEST, vectors, {"round": round_})
+        return True
+
+    def _lose(self, told: Told) -> None:
+        """Do as ``lost_state`` says with clients that have lost their hyper-parameters."""
+        if told.lost and self.config.lost_state == "fail":
+            k = told.lost[0]
+            raise UserError(
+                f"client {k}: {told.failed[k]}; restore it and resume, or choose "
+                "lost_state=reset or lost_state=skip"
+            )
+        if self.config.lost_state == "reset":
+            for k in told.lost:
+                self.level.ledger.pop(k, None)
+
+    def _enter(self, record: dict[str, Any], told: Told, found: dict[str, Any]) -> None:
+        """Enter what was told, and what it cost, into the record of a round."""
+        sides = {"down": told.down, "up": told.up}
+        record["personal"] = {
+            **found,
+            "moved": len(told.moved),
+            "failed": {str(k): why for k, why in sorted(told.failed.items())},
+            "largest_eigenvalue": told.largest,
+            "exchanges": told.exchanges,
+            "messages": told.messages,
+            "bytes": {side: sum(sent.values()) for side, sent in sides.items()},
+            "link_messages": told.link_messages,
+            "link_bytes": told.link_bytes,
+        }
+        for side, sent in sides.items():
+            record["bytes"][side]["hyper"] = sum(sent.values())
+        record["seconds"]["hyper"] = told.seconds
+        record["seconds"]["round"] += told.seconds
+        # A product with second derivatives counts as two gradients.
+        record["gradients"] += 2 * told.products
+        if "link_bytes" in record["strategy"]:
+            links = record["strategy"]["link_bytes"] + told.link_bytes
+            record["strategy"] = record["strategy"] | {"link_bytes": links}
+
+    # What a checkpoint holds.
+
+    def state(self) -> dict[str, Any]:
+        """Return what ``restore`` continues from, as JSON."""
+        return {"steps": self.steps, "best": self.best, **self.level.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what ``state`` returned."""
+        self.steps, self.best = state["steps"], dict(state["best"])
+        self.level.restore(state)
+
+
+def summary(told: Told) -> dict[str, Any]:
+    """Return mean and bottom decile over clients of what they measured."""
+    found: dict[str, Any] = {}
+    for name in (
+        "outer_cost",
+        "loss",
+        "accuracy",
+        "validation_loss",
+        "validation_accuracy",
+    ):
+        scores = [row[name] for row in told.scores.values()]
+        values = torch.tensor(scores, dtype=torch.float64)
+        if len(values):
+            found[f"{name}_mean"] = float(values.mean())
+            if name.endswith("accuracy"):
+                found[f"{name}_decile"] = float(values.quantile(0.1))
+    return found

@@ -1,0 +1,70 @@
+"""How a run's clients are personalized, and whether that goes with its other settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from app.binding import bind
+from app.errors import UserError
+from strategies.algorithm import Individual
+from strategies.faults import CHANGES
+from strategies.gossip import Gossip, solver_of
+from strategies.individual import Costing, Phased, Plural, Practising, Rooted, Surveying
+from strategies.personalize import Personalize
+
+if TYPE_CHECKING:
+    from app.config import Config
+
+
+#: What an algorithm is that has clients differ by other means.
+OTHER = (Individual, Costing, Phased, Plural, Practising, Rooted, Surveying)
+
+
+def nothing() -> None:
+    """Clients have nothing of their own."""
+
+
+def settings(config: Config) -> Personalize | None:
+    """Return how the clients of a run are personalized, None if they are not."""
+    found = bind("personal", config.personal)()
+    return found if isinstance(found, Personalize) else None
+
+
+def check_personal(config: Config) -> None:
+    """Raise UserError where clients cannot have hyper-parameters, or not learn them."""
+    how = settings(config)
+    if how is None:
+        return
+    what = f"personal={config.personal.name}"
+    if config.estimate.name != "none":
+        raise UserError(f"{what} and estimate={config.estimate.name}: one of the two")
+    if config.program is not None:
+        raise UserError(f"{what} and program={config.program}: one of the two")
+    if config.privacy.name != "none":
+        raise UserError(
+            f"{what}: the vectors of an estimate are not protected; use privacy=none"
+        )
+    if bind("optimizer", config.optimizer)().curvature:
+        raise UserError(
+            f"{what}: optimizer={config.optimizer.name} estimates the curvature of the "
+            "plain model; use optimizer=sgd"
+        )
+    if how.outer == "validation" and not config.client_validation:
+        raise UserError(
+            f"{what}: the outer cost needs samples that clients do not train on; use "
+            "client_validation=0.2, or personal.outer=train"
+        )
+    built = bind("strategy", config.strategy)()
+    if isinstance(solver_of(built), OTHER):
+        raise UserError(
+            f"{what}: strategy={config.strategy.name} gives clients models in its own way; "
+            "use fedavg, fedprox, scaffold, feddyn or pushsum"
+        )
+    if not isinstance(built, Gossip):
+        return
+    faults = bind("faults", config.faults)()
+    for change in CHANGES:
+        if how.every and getattr(faults, change):
+            raise UserError(
+                f"{what}: faults.{change}: an estimate needs all clients throughout"
+            )

@@ -1,0 +1,284 @@
+"""HGP through messages: hyper-gradients that clients compute, and vectors that cross the network.
+
+An estimate after a round of training is one exchange for ``start`` and one for each of M steps:
+
+    start   down  x_i            up  u_i = (1/n) dF_i/dx         kept  v_i = (1/n) dF_i/dl_i
+    m       down  x_i, z_i       up  z_i - alpha H_i z_i         kept  v_i - alpha J_i' z_i
+    M       down  x_i, z_i                                       kept  also l_i, after Adam's step
+
+Between two of them the u_i are averaged. Over a relay they are rows that S pushes of the network
+mix (`pushsum.average`): a state of its own, whose weight starts at one in each step, so training's
+is not touched. With a server, nodes send the sum over their clients, and z is its exact mean: a
+complete network. Neither l_i nor v_i nor anything else of a client's own is in a message.
+
+Each exchange gives the clients' memory of `personalize.py` a version, and the ledger names, as for
+training, the last one whose reply was accepted. Who fails in an exchange has no further part in the
+estimate: its l_i stays, u_i = z_i stands for it (0 at the start), and the others go on.
+
+The check of alpha is hypergrad.py's power iteration, before the first estimate of a run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from logging import WARNING
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.logger import log
+from torch import Tensor
+
+from strategies.acceptance import add_bytes
+from strategies.federation import Federation
+from strategies.gossip import solver_of
+from strategies.hyper_wire import Told
+from strategies.hypergrad import doubt
+from strategies.personalize import Personalize
+from strategies.pushsum import average
+from strategies.randomness import normals
+from strategies.relay import Relay
+from strategies.wire import Refused, pack, weigh
+
+HYPER = f"{MessageType.QUERY}.hyper"
+Exchange = Callable[[list[Message]], Iterable[Message]]
+
+
+class Bilevel:
+    """The outer level of a run.
+
+    Parameters
+    ----------
+    federation : Federation or Relay
+        The inner level: whose models, clients and network.
+    how : Personalize
+        The settings.
+
+    Attributes
+    ----------
+    ledger : dict of int to int
+        The version of each client's memory that counts; training and evaluation name it too.
+    """
+
+    def __init__(self, federation: Federation | Relay, how: Personalize) -> None:
+        self.federation, self.how = federation, how
+        self.each = isinstance(federation, Relay)  # clients have models of their own
+        self.ledger: dict[int, int] = {}
+        federation.hyper = self.ledger
+        self.checked = False
+        self._told, self._round, self._t = Told(), 0, 0
+
+    # What a run asks for.
+
+    def look(self, round_: int, ask: Exchange) -> Told:
+        """Let the clients measure the models and hyper-parameters after a round."""
+        self._open(round_)
+        self._exchange("look", 0, self._clients(), None, ask)
+        return self._closed()
+
+    def estimate(
+        self, round_: int, best: Callable[[Told], bool], ask: Exchange
+    ) -> Told:
+        """Let the clients measure, estimate their hyper-gradients, and take their steps.
+
+        Parameters
+        ----------
+        round_ : int
+            The round of training that has just ended; the network's next are used.
+        best : callable
+            Says, of what the clients measured, whether they have never been better: they then
+            keep what they have beside what becomes of it.
+        ask : callable
+            Sends messages and returns their replies.
+        """
+        self._open(round_)
+        how, clients = self.how, self._clients()
+        if how.power_steps and not self.checked:
+            self._check(clients, ask)
+            self.checked = True
+        u, clients = self._exchange("start", 0, clients, None, ask)
+        keeps, z = best(self._told), None
+        for m in range(1, how.depth + 1):
+            if not clients:
+                break
+            z = self._mean(u, z)
+            what = "step" if m == how.depth else "push"
+            u, clients = self._exchange(what, m, clients, z, ask, keeps and m == 1)
+        self._told.moved = clients
+        return self._closed()
+
+    def settle(self, round_: int, best: bool, ask: Exchange) -> Told:
+        """Let the clients keep what they have now as the best, or return to the best they had."""
+        self._open(round_)
+        self._exchange("settle", 1, self._clients(), None, ask, best)
+        return self._closed()
+
+    # How.
+
+    def _open(self, round_: int) -> None:
+        self._told, self._round, self._t = Told(), round_, round_
+        self._began = time.perf_counter()
+
+    def _closed(self) -> Told:
+        self._told.seconds = time.perf_counter() - self._began
+        return self._told
+
+    def _clients(self) -> list[int]:
+        found = self.federation.roster.trainable()
+        relay = self._relay()
+        self._count = relay.network.n if relay else len(found)
+        return found
+
+    def _relay(self) -> Relay | None:
+        return self.federation if isinstance(self.federation, Relay) else None
+
+    def _shares(self, clients: list[int]) -> list[float]:
+        """Return the weights of clients in what training minimizes, with a mean of one."""
+        algorithm, roster = self.federation.algorithm, self.federation.roster
+        # Not the weight in the server's mean: FedDyn's is uniform whatever it minimizes.
+        weighting = getattr(solver_of(algorithm), "weighting", "uniform")
+        if weighting != "samples":
+            return [1.0] * len(clients)
+        everyone = [roster.samples[k] for k in roster.trainable()]
+        return [roster.samples[k] * len(everyone) / sum(everyone) for k in clients]
+
+    def _check(self, clients: list[int], ask: Exchange) -> None:
+        """Look for the mean Hessian's largest eigenvalue, and warn of an alpha too large for it."""
+        theta = self.federation.server["theta"]
+        seed, d = self.federation.roster.seed, len(theta)
+        q = normals(seed, "eigenvalue", 0, [0], 0, d)[0].to(theta)
+        q, found = q / q.norm(), theta.new_zeros(1)
+        if self.each:
+            q = q.expand(self._count, d).contiguous()
+        for k in range(self.how.power_steps):
+            products, clients = self._exchange("curvature", k, clients, q, ask)
+            if not clients:
+                return
+            z = self._mean(products, None)
+            found = (q * z).sum(-1)
+            q = z / z.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
+        self._told.largest = float(found.max())
+        if why := doubt(self.how.alpha, found):
+            log(WARNING, "personal.alpha: %s", why)
+
+    def _mean(
+        self, parts: Mapping[tuple[int, ...], Tensor], z: Tensor | None
+    ) -> Tensor:
+        """Return the mean of u, (d,), or every client's estimate of it, (n, d).
+
+        ``z`` stands for those of whom there is no u; None is zero.
+        """
+        theta = self.federation.server["theta"]
+        if relay := self._relay():
+            rows = theta.new_zeros(self._count, len(theta)) if z is None else z.clone()
+            for clients, block in parts.items():
+                rows[list(clients)] = block.view(len(clients), -1)
+            mixed, sent = average(relay.network, rows.numpy(), self._t, self.how.pushes)
+            self._t += self.how.pushes
+            self._told.link_messages += sent
+            self._told.link_bytes += sent * (rows.itemsize * len(theta) + 8)
+            return torch.from_numpy(mixed)
+        total = torch.zeros(len(theta), dtype=torch.float64)
+        left = self._count
+        for clients, block in parts.items():
+            total, left = total + block, left - len(clients)
+        if z is not None:
+            total += left * z
+        return (total / self._count).to(theta.dtype)
+
+    def _exchange(
+        self,
+        what: str,
+        step: int,
+        clients: list[int],
+        z: Tensor | None,
+        ask: Exchange,
+        best: bool = False,
+    ) -> tuple[dict[tuple[int, ...], Tensor], list[int]]:
+        """Ask clients, and return what they sent, by clients, and who answered."""
+        messages, asked = self._messages(what, step, clients, z, best)
+        name = messages[0].metadata.group_id if messages else ""
+        self._told.exchanges += 1
+        self._told.messages += len(messages)
+        parts: dict[tuple[int, ...], Tensor] = {}
+        replies = sorted(
+            ask(messages), key=lambda r: asked.get(r.metadata.src_node_id, [])[:1]
+        )
+        for reply in replies:
+            mine = asked.pop(reply.metadata.src_node_id, None)
+            self._told.messages += 1
+            try:
+                theta = self.federation.server["theta"]
+                told, up = self._told.accept(
+                    reply, name, mine, len(theta), theta.dtype, self.each
+                )
+            except Refused as error:
+                log(WARNING, "%s: node refused: %s", name, error)
+                self._told.failed |= dict.fromkeys(mine or (), str(error))
+                continue
+            if up is not None and told:
+                parts[tuple(told)] = up
+        for mine in asked.values():
+            self._told.failed |= dict.fromkeys(mine, "no reply before the deadline")
+        fine = [k for k in clients if k not in self._told.failed]
+        self._told.products += len(fine) * (2 if what == "push" else 1)
+        if what in ("start", "push", "step", "settle"):
+            self.ledger |= dict.fromkeys(fine, self._version(step))
+        return parts, fine
+
+    def _version(self, step: int) -> int:
+        return self._round * self.how.exchanges + step + 1
+
+    def _messages(
+        self, what: str, step: int, clients: list[int], z: Tensor | None, best: bool
+    ) -> tuple[list[Message], dict[int, list[int]]]:
+        """Return one message for each node that hosts any of these clients, and who is in it."""
+        federation, messages, asked = self.federation, [], {}
+        hosts = federation.roster.hosts
+        shares = dict(zip(clients, self._shares(clients), strict=True))
+        for node in sorted({hosts[k] for k in clients}):
+            mine = [k for k in clients if hosts[k] == node]
+            order: dict[str, Any] = {
+                "what": what,
+                "each": int(self.each),
+                "step": step,
+                "clients": mine,
+                "hyper": mine,
+                "hyper_versions": [self.ledger.get(k, 0) for k in mine],
+                "version": self._version(step),
+                "at": self._round * self.how.exchanges + step,
+                "keep": (federation.keep + 1) * self.how.exchanges - 1,
+                "total": self._count,
+                "shares": [shares[k] for k in mine],
+                "best": int(best),
+                **federation.place(),
+            }
+            down = {} if what == "settle" else {"theta": self._models(mine)}
+            if z is not None:
+                down["z"] = z[mine].reshape(-1) if self.each else z
+            content = RecordDict({"down": pack(down), "order": ConfigRecord(order)})
+            add_bytes(self._told.down, weigh(content))
+            group = f"{self._round}.{what}.{step}"
+            messages.append(Message(content, node, HYPER, group_id=group))
+            asked[node] = mine
+        return messages, asked
+
+    def _models(self, clients: list[int]) -> Tensor:
+        """Return the model that all share, or a row for each of some clients."""
+        if relay := self._relay():
+            return torch.from_numpy(relay.carried["model"].z(clients)).reshape(-1)
+        return self.federation.server["theta"]
+
+    # What a checkpoint holds.
+
+    def state(self) -> dict[str, Any]:
+        """Return what ``restore`` continues from, as JSON."""
+        ledger = {str(k): v for k, v in self.ledger.items()}
+        return {"ledger": ledger, "checked": self.checked}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what ``state`` returned."""
+        self.ledger.clear()
+        self.ledger |= {int(k): v for k, v in state["ledger"].items()}
+        self.checked = state["checked"]
