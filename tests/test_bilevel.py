@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,10 +13,14 @@ from conftest import Result, grid_of
 from flwr.app import ArrayRecord
 from torch import Tensor
 
+from app import durable
+from app.errors import UserError
+from app.host import Samples
 from app.hypers import own_of
 from app.local_grid import LocalGrid
 from app.run import Run
 from strategies.bilevel import Bilevel
+from strategies.hyper_client import Member
 from strategies.hypergrad import hypergradients
 from strategies.hyperproblem import Lambdas, Problem
 from strategies.network import Network
@@ -153,3 +158,198 @@ def test_messages_give_the_estimate_of_one_process(
     for lam, v in zip(kept.all("l"), found, strict=True):
         large = v.abs() > 1e-5
         assert torch.allclose(lam[large], -0.1 * v[large].sign(), rtol=1e-2)
+
+
+# What personalization does to a run.
+
+
+def unpersonalized(result: Result) -> list[dict[str, Any]]:
+    """Return the records of a run without what only personalized runs have."""
+    free = ("seconds", "personal", "bytes", "gradients", "callbacks")
+    return [{k: v for k, v in r.items() if k not in free} for r in result.records]
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_nothing_of_its_own_is_the_plain_run_bit_for_bit(
+    run: Door, engine: str
+) -> None:
+    families = ALL.replace("mixture,", "")
+    own = "personal=hgp", families, "personal.every=0"
+    both = *PLAIN, "strategy=feddyn", f"engine={engine}", "rounds=2"
+    plain, personal = run(*both), run(*both, *own)
+    assert torch.equal(plain.theta, personal.theta)
+    assert unpersonalized(plain) == unpersonalized(personal)
+    last = personal.records[-1]["personal"]
+    assert last["moved"] == last["step"] == 0
+    assert last["accuracy_mean"] == personal.summary["clients"]["accuracy_mean"]
+
+
+def alike(task: Run) -> None:
+    """Give all clients the samples of the first."""
+    cut = task.setting._cut
+    cut |= dict.fromkeys(range(6), task.setting.samples(0))
+
+
+def opposed(task: Run) -> None:
+    """Let half of the clients call small and large 0 and 1, and the others 2 and 3."""
+    kept = [task.setting.samples(k) for k in range(6)]
+    y = (kept[0].train.y > 4).long()
+    for samples in kept[3:]:
+        for part in (samples.train, samples.test, samples.validation):
+            y[part.index] += 2
+    for k, samples in enumerate(kept):
+        parts = (samples.train, samples.test, samples.validation)
+        task.setting._cut[k] = Samples(*(replace(part, y=y) for part in parts))
+
+
+@pytest.mark.parametrize("strategy", [("strategy=fedavg",), NETWORK[:1]])
+def test_identical_clients_stay_identical(run: Door, strategy: tuple[str, ...]) -> None:
+    kept = Kept()
+    network = ("topology=complete",) if strategy[0] == "strategy=pushsum" else ()
+    given = [*GIVEN, *strategy, *network, "local.batch=0", "engine=loop", "seed=7"]
+    run(*given, "rounds=4", "personal.depth=2", ALL, grid=kept, edit=alike)
+    first, *others = kept.all("l")
+    assert float(first.abs().max()) > 0.1
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=1e-9)
+
+
+def test_two_opposed_groups_separate_and_gain(run: Door) -> None:
+    kept = Kept()
+    own = "personal=hgp", "personal.families=[logit_weights]", "personal.lr=0.2"
+    depth = "personal.depth=2", "personal.power_steps=0", "model.hidden=[32]"
+    rounds = "rounds=9", "partition.alpha=100", "evaluate_every=9", "local.batch=10"
+    given = [*PLAIN, "strategy=fedavg", *rounds, *own, *depth]
+    found = run(*given, "personal.every=2", grid=kept, edit=opposed)
+    without = run(*given, "personal.every=0", edit=opposed)
+    names = torch.stack([lam[:2].mean() - lam[2:4].mean() for lam in kept.all("l")])
+    assert float(names[:3].min()) > 0.5
+    assert float(names[3:].max()) < -0.5
+    gain = [r.summary["personal"]["accuracy_mean"] for r in (found, without)]
+    assert gain[0] > gain[1] + 0.3
+    assert gain[0] > 0.75
+
+
+@pytest.mark.parametrize("start", ["warm", "cold"])
+def test_a_resumed_run_equals_one_that_never_stopped(
+    run: Door, tmp_path: Any, start: str
+) -> None:
+    strategy = NETWORK if start == "cold" else ("strategy=feddyn",)
+    given = [*PLAIN, *strategy, "personal=hgp", "personal.every=2", "rounds=7"]
+    given += [f"personal.start={start}", "personal.depth=2", "checkpoint_every=2"]
+    straight = run(*given, "name=full")
+
+    def die(record: Any) -> Any:
+        if record["round"] == 5:
+            raise RuntimeError("killed")
+        return False, {}
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run(*given, "name=half", callbacks=[die])
+    resumed = run(*given, f"resume={tmp_path}/runs/half")
+    assert torch.equal(resumed.theta, straight.theta)
+
+    def told(result: Result) -> list[Any]:
+        free = ("seconds", "callbacks")
+        return [{k: v for k, v in r.items() if k not in free} for r in result.records]
+
+    assert told(resumed) == told(straight)
+    assert straight.records[-1]["personal"]["step"] == 3
+
+    def kept(name: str) -> dict[str, dict[str, Tensor]]:
+        files = (tmp_path / "runs" / name / "clients" / "hyper").rglob("*.safetensors")
+        newest = {f.parent.name: f for f in sorted(files)}
+        return {k: durable.read(f)[0] for k, f in newest.items()}
+
+    ours, theirs = kept("half"), kept("full")
+    assert ours.keys() == theirs.keys() == set("012345")
+    for k, memory in ours.items():
+        for what, vector in memory.items():
+            assert torch.equal(vector, theirs[k][what])
+
+
+def test_inner_training_that_begins_anew_repeats_itself(run: Door) -> None:
+    # With a rate of almost nothing the second inner training is the first.
+    given = [*PLAIN, "strategy=feddyn", "personal=hgp", "personal.start=cold"]
+    few = "personal.every=2", "rounds=4", "personal.depth=1", "personal.lr=1e-300"
+    records = run(*given, *few).records
+    for first, second in pairwise([records[1:3], records[3:5]]):
+        assert [r["loss"] for r in first] == [r["loss"] for r in second]
+
+
+# What goes wrong.
+
+
+def test_a_hyper_gradient_that_is_not_finite_leaves_its_client_as_it_was(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, whole = Kept(), Member.push
+
+    def push(member: Member, z: Tensor, m: int) -> Any:
+        u, memory = whole(member, z, m)
+        bad = member.id == 2 and m == 2
+        return (u * float("nan"), memory) if bad else (u, memory)
+
+    monkeypatch.setattr(Member, "push", push)
+    result = run(*GIVEN, "strategy=fedavg", "rounds=2", grid=kept)
+    told = result.records[1]["personal"]
+    assert told["moved"] == 5
+    assert "not finite" in told["failed"]["2"]
+    for k, lam in enumerate(kept.all("l")):
+        assert float(lam.abs().max()) == (0 if k == 2 else pytest.approx(0.1, rel=0.01))
+    assert result.records[2]["clients"]["failed"] == {}
+
+
+def test_what_is_lost_begins_anew(run: Door) -> None:
+    kept = Kept()
+
+    def forget(record: dict[str, Any]) -> Any:
+        for context in kept.grid._contexts.values():
+            for key in [k for k in context.state if k.startswith("hyper.1.")]:
+                if record["round"] == 3:
+                    del context.state[key]
+        return False, {}
+
+    given = "strategy=fedavg", "personal=hgp", "personal.every=2", "rounds=7"
+    result = run(*PLAIN, *given, grid=kept, callbacks=[forget])
+    assert "is lost" in result.records[4]["clients"]["failed"]["1"]
+    told = result.records[4]["personal"]
+    assert told["moved"] == 5
+    assert "is lost" in told["failed"]["1"]
+    assert result.records[6]["personal"]["moved"] == 6
+    assert all(r["clients"]["failed"] == {} for r in result.records[5:])
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (("personal.alpha=0",), "personal.alpha=0.*greater than 0"),
+        (("personal.depth=0",), "personal.depth=0.*greater than or equal to 1"),
+        (("personal.pushes=0",), "personal.pushes=0.*greater than or equal to 1"),
+        (("personal.learners=3",), "learners=3 without the family mixture"),
+        (
+            ("personal.families=[mixture]", "personal.learners=1"),
+            "learners=1: at least 2",
+        ),
+        (("personal.families=[]",), r"families=\[\]: name one of class_weights"),
+        (
+            ("personal.families=[class_weights,class_weights]",),
+            "class_weights is there twice",
+        ),
+        (("personal.families=[classweights]",), "personal.families=.*classweights"),
+        (("personal.lr={mixture:1.0}",), "lr: mixture is none of the families"),
+        (("client_validation=0",), "client_validation=0.2, or personal.outer=train"),
+        (("optimizer=sophia",), "optimizer=sophia estimates the curvature"),
+        (("privacy=local", "strategy=fedavg"), "privacy=none"),
+        (("strategy=fedrep",), "strategy=fedrep gives clients models in its own way"),
+        ((*NETWORK, "faults.crash={1: 2}"), "faults.crash: an estimate needs all"),
+        (("model.dropout=0.2",), "model=mlp: .* without dropout"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(
+    run: Door, given: tuple[str, ...], line: str
+) -> None:
+    quick = ("clients=6", "clients_per_round=6", "rounds=2", "processes=0", "nodes=2")
+    with pytest.raises(UserError, match=line) as told:
+        run(*GIVEN, *given, quick=quick)
+    assert "\n" not in str(told.value)
