@@ -22,6 +22,7 @@ from app.config import PLACE, load
 from app.errors import UserError, nearest
 from app.records import plain
 from app.report import flat as flatten
+from app.tuning import Tuning
 from app.verdict import DISTANCE, Rule
 
 # Where data lie and how a run is carried out; none of it changes what is computed.
@@ -71,7 +72,8 @@ class Study(Model):
     """The section ``study`` of a preset; docs/studies.md explains each key.
 
     ``drawn`` names further metrics of the records, each with a figure of its own, ``baseline`` the
-    variant to which the table of costs is relative.
+    variant to which the table of costs is relative. With ``tuning``, the verdict and the baseline
+    name its methods (`app.tuning`).
     """
 
     claim: str
@@ -85,17 +87,22 @@ class Study(Model):
     baseline: str | None = None
     sizes: dict[str, Size]
     reference: Reference | None = None
+    tuning: Tuning | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         named = {*self.verdict.lead, *self.verdict.rivals}
         named |= {self.baseline} if self.baseline else set()
-        unknown = named - self.variants.keys()
-        if unknown:
+        there = self.tuning.methods.keys() if self.tuning else self.variants.keys()
+        if unknown := named - there:
             raise ValueError(f"no variants are called {sorted(unknown)}")
         known = self.reference.rounds_to if self.reference else {}
         if unknown := known.keys() - self.variants.keys():
             raise ValueError(f"reference: no variants are called {sorted(unknown)}")
+        if self.tuning:
+            tried = {v for names in self.tuning.methods.values() for v in names}
+            if unknown := tried - self.variants.keys():
+                raise ValueError(f"tuning: no variants are called {sorted(unknown)}")
         return self
 
 

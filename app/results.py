@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from app import plots, report
+from app import plots, report, tuning
 from app.compose import CONF
 from app.config import load
 from app.errors import UserError
@@ -48,6 +48,8 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
         numbers = measure(found, study.metric, plan.targets)
         if study.also:
             numbers["also"] = {name: last_value(found, name) for name in study.also}
+        if study.tuning:
+            numbers[tuning.BY] = last_value(found, study.tuning.by)
         variants.setdefault(job.variant, {})[str(job.seed)] = numbers
         exact = study.metric == DISTANCE
         records = with_excess(found.rounds) if exact else found.rounds
@@ -80,10 +82,15 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
         **{key: last[key] for key in ("date", "versions")},
         "machine": {**last["machine"], "device": _device(plan)},
         "minutes": round(sum(r["seconds"] for r in runs) / 60, 2),
-        "verdict": judge(study.verdict, variants, seeds, study.metric),
         "variants": variants,
         "reference": study.reference and study.reference.model_dump(mode="json"),
     }
+    if study.tuning:
+        picks = tuning.chosen(study.tuning, variants)
+        result["tuning"] = {**study.tuning.model_dump(), "chosen": picks}
+        drawn = {method: drawn[name] for method, name in picks.items()} or drawn
+    table = tuning.compared(result)
+    result["verdict"] = judge(study.verdict, table, seeds, study.metric)
     metric = EXCESS if study.metric == DISTANCE else study.metric
     # Less one standard deviation may be below zero, which a log axis cannot show.
     band = "range" if study.metric == DISTANCE or "error" in study.metric else "std"
@@ -175,7 +182,9 @@ def cells(
     # Results of before know nothing of it.
     told = focus is not None and all("spent_to" in run for run in every)
     head += [f"{unit} to {sign} {focus:g}" for unit in ("MB", "s") if told]
-    head += [f"final {metric}", *([f"best {metric}"] if metric != DISTANCE else [])]
+    # What validation has chosen has no best: that would be chosen by what is told.
+    ends = ["final"] if metric == DISTANCE or "chosen" in metric else ["final", "best"]
+    head += [f"{end} {metric}" for end in ends]
     # No seconds of whole runs: they share the machine with whatever else it does.
     first = next(iter(next(iter(table.values())).values()))
     also = list(first.get("also", {}))
@@ -191,7 +200,7 @@ def cells(
             megabytes = [u["bytes"] / 1e6 if u else None for u in until]
             line.append(Spread.of(megabytes).text(".3g"))
             line.append(Spread.of(u.get("seconds") for u in until).text(".3g"))
-        for key in ("final", "best")[: 1 if metric == DISTANCE else 2]:
+        for key in ends:
             line.append(Spread.of(r[key] for r in runs).text(form))
         line += [Spread.of(r["also"][n] for r in runs).text(".3g") for n in also]
         line.append(Spread.of(r["bytes"] / 1e6 for r in runs).text(".3g"))
@@ -238,7 +247,7 @@ def reference(result: Mapping[str, Any]) -> str:
 
 def body(result: Mapping[str, Any], figure: str) -> str:
     """Return a study's result as Markdown below its heading."""
-    table, targets = result["variants"], result["targets"]
+    table, targets = tuning.compared(result), result["targets"]
     metric = result["metric"]
     notes = "".join(f"\n{line}\n" for line in models(table, targets))
     verdict = judge(Rule(**result["rule"]), table, result["seeds"], metric)
@@ -249,14 +258,19 @@ def body(result: Mapping[str, Any], figure: str) -> str:
         f"![{result['study']}: {name}]({further(Path(figure), name).as_posix()})\n\n"
         for name in result.get("drawn", [])
     )
+    if result.get("tuning"):
+        by = result["tuning"]["by"]
+        notes += f"\nEach method at the setting with the best {by}, of these:\n\n"
+        notes += markdown(tuning.grid(result))
     machine, versions = result["machine"], result["versions"]
     with_ = ", ".join(f"{name} {v}" for name, v in versions.items() if v)
     given = " ".join(result["overrides"])
-    failed = sum(r["failures"] for runs in table.values() for r in runs.values())
-    timed = any("spent_to" in r for runs in table.values() for r in runs.values())
+    every = [r for of in result["variants"].values() for r in of.values()]
+    failed = sum(r["failures"] for r in every)
+    timed = any("spent_to" in r for r in every)
     shared = " Seconds are wall time, whatever else the machine did." if timed else ""
     lost = f" {failed} times a client failed and was left out." if failed else ""
-    rounds = sorted({r["rounds"] for runs in table.values() for r in runs.values()})
+    rounds = sorted({r["rounds"] for r in every})
     many = f"{len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''}"
     return (
         f"Claim: {result['claim']}\n\n"
