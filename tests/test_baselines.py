@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, Result, grid_of
+from conftest import QUICK, Result
 from quadratics import (
     ALL,
     ONE,
-    OPTIMUM,
     A,
     B,
     Federation,
@@ -419,7 +418,6 @@ SETTING = (
     "client_test=0.2",
     "client_validation=0.2",
     "local.batch=20",
-    "local.epochs=2",
 )
 STRATEGIES = [
     ["strategy=finetune"],
@@ -634,7 +632,7 @@ def test_the_servers_accuracy_of_learners_is_that_of_their_mean(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["strategy=fedrep", "model=linear"], "no body would be shared"),
+        (["strategy=fedrep", "strategy.head=4"], "no body would be shared"),
         (["strategy=ditto", "optimizer=sophia"], "optimizer=sgd"),
         (["strategy=fedem", "strategy.learners=1"], "strategy.learners"),
         (["strategy=ditto", "privacy=local", "evaluate_clients=none"], "noise"),
@@ -650,5 +648,3 @@ def test_the_chosen_round_is_in_the_summary_file(run: Callable[..., Result]) -> 
     result = run(*SETTING, "strategy=ditto")
     told = json.loads((Path(result.path) / "summary.json").read_text())
     assert told["clients"]["chosen"]["round"] in (1, 2, 3, 4)
-    assert grid_of(QUICK, 1)
-    assert OPTIMUM.shape == (2,)

@@ -23,6 +23,7 @@ from app.records import read_summary
 from app.results import DOCS, page, publish, summarize
 from app.synthetic import QUADRATICS_A, QUADRATICS_B
 from app.tables import Run
+from app.tuning import BY, Tuning, chosen
 from app.verdict import Rule, judge
 
 #: A run of a preset in a second: one round, few clients, in this process.
@@ -101,6 +102,46 @@ def test_every_variant_at_every_size_composes(name):
 def test_a_preset_is_no_setting_of_a_run():
     assert load(["experiment=digits"]).targets == [0.8, 0.9]
     assert not hasattr(load(["experiment=digits"]), "study")
+
+
+# Tuning.
+
+
+def tuned(by="clients/validation_loss_mean"):
+    methods = {"dyn": ["dyn-1", "dyn-2"], "avg": ["avg-1", "avg-2"]}
+    return Tuning(by=by, methods=methods)
+
+
+def tried(**numbers):
+    """Return a table of validation numbers, a list over the seeds for each variant."""
+    names = {name.replace("_", "-"): values for name, values in numbers.items()}
+    return {
+        name: {str(seed): {BY: v} for seed, v in enumerate(values)}
+        for name, values in names.items()
+    }
+
+
+def test_each_method_chooses_its_setting_on_validation():
+    table = tried(dyn_1=[1, 4], dyn_2=[2, 2], avg_1=[3, 3], avg_2=[3, 3])
+    assert chosen(tuned(), table) == {"dyn": "dyn-2", "avg": "avg-1"}  # lower is better
+    rising = tuned("clients/validation_accuracy_mean")
+    assert chosen(rising, table) == {"dyn": "dyn-1", "avg": "avg-1"}
+
+
+def test_a_setting_that_diverged_is_not_chosen_whatever_is_better():
+    table = tried(dyn_1=[None, 0], dyn_2=[9, 9], avg_1=[1, 1], avg_2=[None, None])
+    for by in ("clients/validation_loss_mean", "clients/validation_accuracy_mean"):
+        assert chosen(tuned(by), table) == {"dyn": "dyn-2", "avg": "avg-1"}
+
+
+def test_nothing_is_chosen_from_half_a_grid():
+    table = tried(dyn_1=[1, 1], dyn_2=[2], avg_1=[1, 1], avg_2=[2, 2])
+    assert chosen(tuned(), table) == {"avg": "avg-1"}
+
+
+def test_a_study_does_not_choose_on_the_test_set():
+    with pytest.raises(ValueError, match="by"):
+        tuned("clients/accuracy_mean")
 
 
 # The runner.
