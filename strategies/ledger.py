@@ -79,7 +79,8 @@ def audit(
     -------
     dict
         ``x`` (norm of the sum of x), ``w`` (sum of w at the clients), ``w_in_flight``, ``w_lost``,
-        ``x_gap`` and ``w_gap``, relative.
+        ``x_gap`` and ``w_gap``, relative, and ``mean_error``: how far what was lost has moved the
+        mean that all carry, over the norm of the mean of all that was put in.
 
     Raises
     ------
@@ -93,6 +94,9 @@ def audit(
     # Mass that cannot be summed is no balance either: a NaN must not pass as small.
     x_gap = float(np.linalg.norm(total_x + gone - x)) / max(spread, 1e-30)
     w_gap = abs(total_w + state.lost_w - lost_w - w) / max(w, 1e-30)
+    # What the mean would be had nothing been lost: of all that was ever put in.
+    whole = (total_x + state.lost_x) / (total_w + state.lost_w)
+    error = np.linalg.norm(total_x / max(total_w, 1e-300) - whole)
     allowed = TOLERANCE[state.x.dtype]
     if not (x_gap <= allowed and w_gap <= 1e-9):
         raise Unbalanced(
@@ -106,6 +110,7 @@ def audit(
         "w_lost": state.lost_w,
         "x_gap": x_gap,
         "w_gap": w_gap,
+        "mean_error": float(error / max(float(np.linalg.norm(whole)), 1e-30)),
     }
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from books import STATEFUL
 from conftest import Result
 from cryptography import x509
 from jobs import JOB, Job, Lively, two_nodes
@@ -112,8 +113,12 @@ def refused(deployment: Deployment, name: str, *options: str) -> str:
 def test_strangers_stay_outside_and_the_job_is_the_local_one(
     deployment: Deployment, run: Door, tmp_path: Path
 ) -> None:
-    """While a job runs: no registered key, another authority, no encryption."""
-    job = Job(deployment, "knock", [*JOB, "rounds=1", "deadline=120", "attempts=20"])
+    """While a job runs: no registered key, another authority, no encryption.
+
+    The job is one without a server: the relay is a SuperLink's here.
+    """
+    given = [*JOB, *STATEFUL["Push-Sum"], "rounds=1"]
+    job = Job(deployment, "knock", [*given, "deadline=120", "attempts=20"])
     job.submit()
     members = {n["node-id"] for n in deployment.listed()}
     assert len(members) == 2
@@ -140,8 +145,10 @@ def test_strangers_stay_outside_and_the_job_is_the_local_one(
     result = job.finish()
     nodes = {r["node"] for r in _rows(result.path)}
     assert nodes == members, "nobody else was heard"
-    truth = run(*JOB, "rounds=1", "processes=0", quick=())
+    truth = run(*given, "processes=0", quick=())
     assert torch.equal(result.theta, truth.theta)
+    for ours, theirs in zip(result.records, truth.records, strict=True):
+        assert ours.get("strategy") == theirs.get("strategy")
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

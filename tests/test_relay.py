@@ -369,6 +369,10 @@ def test_mass_that_vanishes_is_counted_and_ends_the_run_at_the_least_weight(
     mass = last(result)["mass"]
     assert mass["w"] + mass["w_lost"] == pytest.approx(6)
     assert mass["w_lost"] > 3
+    assert mass["mean_error"] > 1e-3
+    for policy in ("keep", "renorm", "running"):
+        kept = run(*ALL, "topology=exponential", *lossy, f"faults.policy={policy}")
+        assert last(kept)["mass"]["mean_error"] < 1e-12  # float64
     with pytest.raises(UserError, match=r"client \d has a weight of .*min_weight=0.5"):
         run(*ALL, "topology=exponential", *lossy, "strategy.min_weight=0.5")
 
