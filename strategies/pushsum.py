@@ -151,17 +151,18 @@ def mix(links: Links, state: State, policy: Policy = "keep") -> State:
     ValueError
         If running sums would keep more than `IN_FLIGHT` bytes on the links.
     """
-    if links.lost.nnz and policy == "vanish":
-        gone = np.asarray(links.lost.sum(axis=0))
-        state.lost_w += float(gone @ state.w)
-        state.lost_x += gone @ state.x
     matrix = delivered(links, policy)
     if len(state.flight.links) or (links.lost.nnz and policy == "running"):
         _mix_in_flight(links, matrix, state)
-    else:
-        matrix = on_grid(matrix) if state.x.dtype == np.float32 else matrix
-        _multiply(matrix, state.x)
-        state.w = matrix @ state.w
+        return state
+    matrix = on_grid(matrix) if state.x.dtype == np.float32 else matrix
+    if links.lost.nnz and policy == "vanish":
+        # What the columns lack of one, as they are used: rounded to the grid.
+        gone = 1.0 - np.asarray(matrix.sum(axis=0))
+        state.lost_w += float(gone @ state.w)
+        state.lost_x += gone @ state.x
+    _multiply(matrix, state.x)
+    state.w = matrix @ state.w
     return state
 
 
