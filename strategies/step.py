@@ -48,11 +48,12 @@ def step(
     if product is not None:
         product = clip_along(gradient, product, trainer.local.clip)
         moving = moving | {"product": product}
-    largest, size = trainer.local.clip, trainer.objective.layout.size
-    if len(gradient) == size:
+    largest = trainer.local.clip
+    if trainer.costing is None or not largest:
         gradient = clip(gradient, largest)
-    else:  # several models, each clipped by itself
-        gradient = torch.cat([clip(g, largest) for g in torch.split(gradient, size)])
+    else:  # perhaps several models, each clipped by itself
+        models = torch.split(gradient, trainer.objective.layout.size)
+        gradient = torch.cat([clip(model, largest) for model in models])
     direction = trainer.algorithm.direction(gradient, theta, anchor, constant)
     if trainer.phased is None:
         theta, moving = trainer.optimizer.step(theta, direction, moving, round_)

@@ -120,7 +120,10 @@ def test_a_program_is_differentiated_over_flwr_run(home: Path) -> None:
 def test_a_network_gives_the_local_runtimes_models(
     home: Path, run: Run, tmp_path: Path
 ) -> None:
+    """Each client also has a second model, which only its node remembers, and is judged by it."""
     network = ["strategy=pushsum", "topology=k_out", "faults.loss=0.2"]
+    network += ["strategy@strategy.solver=ditto", "strategy.judge=own"]
+    network += ["client_test=0.2", "client_validation=0.2"]
     given = [*QUICK, *network, "clients_per_round=6", "rounds=2"]
     lines: list[str] = []
     run_flower([*given, f"output_dir={tmp_path}/flower", "name=net"], lines.append)
