@@ -144,11 +144,10 @@ def _jobs(
             size = len(samples.train)
             share = size / cast(float, order["mean_samples"])
             client = Client(k, size, share, samples.entropy)
-            job = Job(client, samples.train, memory, mine)
-            jobs.append(surveyed(run, down, job))
+            jobs.append(Job(client, samples.train, memory, mine))
         except Exception as error:
             log(WARNING, "client %s cannot be judged: %s", k, brief(error))
-    return jobs
+    return surveyed(run, down, jobs)
 
 
 def _practised(

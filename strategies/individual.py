@@ -130,7 +130,7 @@ def prepared(
 ) -> list[Job]:
     """Return the jobs after the clients' look at their samples, each with its own start."""
     algorithm = trainer.algorithm
-    found = [surveyed(trainer, down, job) for job in jobs]
+    found = surveyed(trainer, down, jobs)
     if isinstance(algorithm, Rooted):
         for i, job in enumerate(found):
             start = algorithm.origin({**down, **job.own}, job.memory)
@@ -160,16 +160,27 @@ def sizes(algorithm: Algorithm, theta: Tensor) -> dict[str, int]:
     return {n: len(up.get(n, start)) for n in algorithm.up}
 
 
-def surveyed(trainer: Trainer, down: Mapping[str, Tensor], job: Job) -> Job:
-    """Return a job after its client's look at its samples, if the algorithm wants one."""
+def surveyed(
+    trainer: Trainer, down: Mapping[str, Tensor], jobs: Sequence[Job]
+) -> list[Job]:
+    """Return jobs after their clients' look at their samples, if the algorithm wants one.
+
+    Clients that received the same and share their tensors look together, in large batches.
+    """
     algorithm = trainer.algorithm
-    if not isinstance(algorithm, Surveying):
-        return job
-    received, part = {**down, **job.own}, job.part
-    place = received["buffers"], part.x, part.y, part.index
-    losses = [
-        trainer.objective.scores(theta, *place)[0]
-        for theta in algorithm.candidates(received)
+    if not isinstance(algorithm, Surveying) or not jobs:
+        return list(jobs)
+    shared = jobs[0].part.x
+    if len(jobs) > 1 and any(job.own or job.part.x is not shared for job in jobs):
+        return [alone for job in jobs for alone in surveyed(trainer, down, [job])]
+    received, part = {**down, **jobs[0].own}, jobs[0].part
+    index = torch.cat([job.part.index for job in jobs])
+    place = received["buffers"], part.x, part.y, index
+    models = algorithm.candidates(received)
+    losses = [trainer.objective.scores(model, *place)[0] for model in models]
+    seen = torch.stack(losses).to(models.dtype)
+    each = torch.split(seen, [len(job.part) for job in jobs], dim=1)
+    return [
+        replace(job, memory=algorithm.survey(job.memory, mine))
+        for job, mine in zip(jobs, each, strict=True)
     ]
-    seen = torch.stack(losses).to(received["theta"].dtype)
-    return replace(job, memory=algorithm.survey(job.memory, seen))
