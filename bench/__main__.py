@@ -100,8 +100,12 @@ def _stock(workload: str, rounds: int, _: str) -> dict[str, Any]:
         with own_flower(Path(folder) / "flower"):
             done = subprocess.run(command, capture_output=True, text=True)
         if not out.exists():
+            # Errors come in a box; what is in it is the reason.
+            lines = [
+                x.strip("│╭╮╰╯─ ") for x in f"{done.stdout}{done.stderr}".split("\n")
+            ]
             raise UserError(
-                f"stock Flower failed: {done.stdout[-500:]}{done.stderr[-500:]}"
+                f"stock Flower failed: {' '.join([*filter(None, lines)][-4:])}"
             )
         found: dict[str, Any] = json.loads(out.read_text())
         return found
