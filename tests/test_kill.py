@@ -20,6 +20,19 @@ from conftest import QUICK, Result
 from app.experiment import run_local
 from app.store import DirectoryStore
 
+pytestmark = pytest.mark.timeout(600)  # ten seconds for all, on a machine that is free
+#: Those, and clients with models or hyper-parameters of their own.
+EVERY = {
+    **STATEFUL,
+    "Ditto": ("strategy=ditto",),
+    "HGP": (
+        *("strategy=pushsum", "topology=stochastic_directed", "strategy.judge=own"),
+        *("personal=hgp", "personal.every=1", "personal.depth=2", "dtype=float64"),
+        *("partition.alpha=1", "client_validation=0.25", "client_test=0.2"),
+        "clients_per_round=6",
+    ),
+}
+
 
 def killed(given: list[str], path: Path, after: int, delay: float) -> int:
     """Run in a process that is killed some time after a round; return the last checkpoint's."""
@@ -30,7 +43,7 @@ def killed(given: list[str], path: Path, after: int, delay: float) -> int:
     process = context.Process(target=run_local, args=(endless, (), str))
     process.start()
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not (path / "checkpoints" / f"{after:08d}.safetensors").exists():
             assert process.is_alive() and time.monotonic() < end
             time.sleep(0.002)
@@ -42,14 +55,14 @@ def killed(given: list[str], path: Path, after: int, delay: float) -> int:
     return max(int(p.stem) for p in (path / "checkpoints").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", EVERY)
 def test_killed_and_resumed_it_ends_with_the_bits_of_one_that_never_was(
     run: Callable[..., Result], tmp_path: Path, name: str
 ) -> None:
     draw = random.Random()  # another moment each time
     after, delay = draw.choice((2, 4, 6)), draw.random() * 0.1
-    given = [*STATEFUL[name], "clients_per_round=4", "checkpoint_every=2"]
-    given += ["checkpoint_keep=3", "engine=loop", "partition=dirichlet", "name=killed"]
+    given = ["clients_per_round=4", "checkpoint_every=2", "checkpoint_keep=3"]
+    given += ["engine=loop", "partition=dirichlet", "name=killed", *EVERY[name]]
     path = tmp_path / "runs" / "killed"
     last = killed([*given, f"output_dir={tmp_path}/runs"], path, after, delay)
     rounds = f"rounds={last + 4}"
