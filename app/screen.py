@@ -28,6 +28,7 @@ def screen(summary: Mapping[str, Any], path: Path) -> str:
         lines.append(("accuracy", text))
     if "loss" in summary:
         lines.append(("loss", number("loss") + ("" if scored else of)))
+    lines += _clients(summary.get("clients") or {})
     for target, at in (summary.get("rounds_to") or {}).items():
         reached = "not reached" if at is None else f"round {at}"
         lines.append((f"accuracy {target}", reached))
@@ -42,3 +43,19 @@ def screen(summary: Mapping[str, Any], path: Path) -> str:
         lines.append(("failures", f"{summary['failures']} client rounds (clients.csv)"))
     width = max(len(key) for key, _ in lines)
     return "\n".join(f"{key:<{width}}  {text}" for key, text in lines)
+
+
+def _clients(told: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what the clients measured on their own samples, at the end and as chosen."""
+
+    def pair(block: Mapping[str, Any]) -> str:
+        mean, decile = block["accuracy_mean"], block["accuracy_decile"]
+        return f"{mean:.4f} in the mean, {decile:.4f} of the worst decile"
+
+    lines = []
+    if told.get("accuracy_mean") is not None:
+        lines.append(("clients", f"{pair(told)}, on their own samples"))
+    best = told.get("chosen") or {}
+    if best.get("accuracy_mean") is not None:
+        lines.append(("chosen", f"{pair(best)}, received in round {best['round']}"))
+    return lines

@@ -647,4 +647,8 @@ def test_mistakes_are_told_in_a_line(overrides: list[str], words: str) -> None:
 def test_the_chosen_round_is_in_the_summary_file(run: Callable[..., Result]) -> None:
     result = run(*SETTING, "strategy=ditto")
     told = json.loads((Path(result.path) / "summary.json").read_text())
-    assert told["clients"]["chosen"]["round"] in (1, 2, 3, 4)
+    chosen = told["clients"]["chosen"]
+    assert chosen["round"] in (1, 2, 3, 4)
+    (line,) = [x for x in "\n".join(result.lines).splitlines() if x[:6] == "chosen"]
+    assert f"{chosen['accuracy_mean']:.4f} in the mean" in line
+    assert f"round {chosen['round']}" in line
