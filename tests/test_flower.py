@@ -133,6 +133,27 @@ def test_a_network_gives_the_local_runtimes_models(
 
 
 @pytest.mark.timeout(120)
+def test_hyper_gradients_are_those_of_the_local_runtime(
+    home: Path, run: Run, tmp_path: Path
+) -> None:
+    network = ["strategy=pushsum", "topology=k_out", "strategy.judge=own"]
+    own = [
+        "personal=hgp",
+        "personal.every=1",
+        "personal.depth=2",
+        "client_validation=0.2",
+    ]
+    given = [*QUICK, *network, *own, "personal.power_steps=1", "rounds=2"]
+    lines: list[str] = []
+    run_flower([*given, f"output_dir={tmp_path}/flower", "name=own"], lines.append)
+    summary = read_summary(tmp_path / "flower" / "own")
+    assert summary is not None, "\n".join(lines)
+    ours = run(*given)
+    same(ours, found(tmp_path / "flower" / "own", summary))
+    assert ours.records[1]["personal"]["moved"] == 6
+
+
+@pytest.mark.timeout(120)
 def test_plain_flwr_run_tells_a_mistake_in_one_line(home: Path) -> None:
     ended = flwr(
         "--run-config", "strategy='fedyn'", "--federation-config", "num-supernodes=2"
