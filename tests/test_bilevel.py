@@ -13,14 +13,17 @@ from conftest import Result, grid_of
 from flwr.app import ArrayRecord
 from torch import Tensor
 
-from app import durable
+from app import durable, outer
 from app.errors import UserError
+from app.exchange import exchange
 from app.host import Samples
 from app.hypers import own_of
 from app.local_grid import LocalGrid
 from app.run import Run
+from strategies import bilevel
 from strategies.bilevel import Bilevel
 from strategies.hyper_client import Member
+from strategies.hyper_wire import SCORES
 from strategies.hypergrad import hypergradients
 from strategies.hyperproblem import Lambdas, Problem
 from strategies.network import Network
@@ -102,7 +105,7 @@ class Seen:
 @pytest.mark.parametrize(
     ("given", "batch"),
     [
-        (NETWORK, 0),
+        ((*NETWORK, "personal.pushes=2"), 0),
         ((*NETWORK, "topology=self_loop"), 0),
         ((*NETWORK, "topology=directed_ring", "personal.pushes=3"), 8),
         (("strategy=fedavg",), 0),
@@ -117,12 +120,25 @@ def test_messages_give_the_estimate_of_one_process(
     seen, kept, tasks = Seen(monkeypatch), Kept(), list[Run]()
     rest = ("rounds=2", "personal.depth=4", "personal.alpha=0.3", "local.batch=20")
     decay = f"personal.batch={batch}", "optimizer.weight_decay=0.01"
+    crossed = set[str]()
+
+    def watched(grid: Any, messages: Any, timeout: float) -> Any:
+        messages = list(messages)
+        crossed.update(n for m in messages for n in m.content["down"])
+        replies = exchange(grid, messages, timeout)
+        crossed.update(n for r in replies for n in r.content["up"])
+        crossed.update(n for r in replies for n in r.content["report"])
+        return replies
+
+    monkeypatch.setattr(outer, "exchange", watched)
     result = run(*GIVEN, *given, *rest, *decay, grid=kept, edit=tasks.append)
     (task,), (x,), n = tasks, seen.models, 6
-    outer, goal, federation = task.outer, task.objective, task.federation
-    assert outer
+    level, goal, federation = task.outer, task.objective, task.federation
+    assert level
+    # Of a client's own only what it measures is told.
+    assert crossed == {"theta", "z", "u", "clients", "lost", *SCORES}
     assert isinstance(goal, PersonalObjective)
-    how = outer.level.how
+    how = level.level.how
     owns = [own_of(task.setting.samples(k), how) for k in range(n)]
     weights = torch.tensor([len(own.y) for own in owns], dtype=F64)
     if "strategy.weighting=uniform" in given:
@@ -277,7 +293,30 @@ def test_inner_training_that_begins_anew_repeats_itself(run: Door) -> None:
         assert [r["loss"] for r in first] == [r["loss"] for r in second]
 
 
+def test_engines_agree_on_what_clients_have_of_their_own(run: Door) -> None:
+    given = [*GIVEN, "strategy=fedprox", ALL, "rounds=3", "personal.depth=2"]
+    given += ["personal.power_steps=0", "evaluate_clients=none"]
+    loop, vmap = (run(*given, f"engine={e}").theta for e in ("loop", "vmap"))
+    assert float((loop - run(*given, "personal.every=0").theta).abs().max()) > 1e-3
+    torch.testing.assert_close(vmap, loop, rtol=0, atol=1e-10)
+
+
 # What goes wrong.
+
+
+def test_an_alpha_that_is_too_large_is_told_and_training_samples_may_serve(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(bilevel, "log", lambda _, text, *of: told.append(text % of))
+    given = "strategy=fedavg", "personal.outer=train", "client_validation=0"
+    result = run(*GIVEN, *given, "personal.alpha=1000", "personal.depth=1", "rounds=2")
+    first, last = (r["personal"] for r in result.records[1:])
+    assert any("alpha=1000 is too large" in line for line in told)
+    assert first["largest_eigenvalue"] > 0
+    assert last["largest_eigenvalue"] is None  # looked for once
+    assert first["moved"] == 6
+    assert first["outer_cost_mean"] == pytest.approx(first["validation_loss_mean"])
 
 
 def test_a_hyper_gradient_that_is_not_finite_leaves_its_client_as_it_was(
