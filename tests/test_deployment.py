@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from books import STATEFUL
 from conftest import Result
 from cryptography import x509
 from jobs import JOB, Job, Lively, two_nodes
@@ -117,7 +116,7 @@ def test_strangers_stay_outside_and_the_job_is_the_local_one(
 
     The job is one without a server: the relay is a SuperLink's here.
     """
-    given = [*JOB, *STATEFUL["Push-Sum"], "rounds=1"]
+    given = [*JOB, "strategy=pushsum", "topology=exponential", "rounds=1"]
     job = Job(deployment, "knock", [*given, "deadline=120", "attempts=20"])
     job.submit()
     members = {n["node-id"] for n in deployment.listed()}
