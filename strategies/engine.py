@@ -161,7 +161,7 @@ def loop(
         {n: v[None] for n, v in memory.items()},
         torch.stack(losses).mean()[None],
         [len(losses)],
-        [trainer.evaluations(round_, len(losses), due)],
+        [trainer.evaluations(round_, len(losses), due, len(theta))],
         {n: v[None] for n, v in told.items()},
         time.perf_counter() - began,
     )

@@ -183,9 +183,16 @@ class Trainer:
         assert curvature is not None, "an optimizer that refreshes has an estimator"
         return curvature.draw(place, targets, size)
 
-    def evaluations(self, round_: int, steps: int, due: Collection[int]) -> int:
-        """Return the gradient evaluations of so many steps, with so many estimates."""
+    def evaluations(
+        self, round_: int, steps: int, due: Collection[int], length: int
+    ) -> int:
+        """Return the gradient evaluations of so many steps, with so many estimates.
+
+        ``length`` is that of the vector trained: one with its own cost may hold several models.
+        """
         optimizer = self.optimizer
+        if self.costing:
+            return steps * max(length // self.objective.layout.size, 1)
         each = 2 if optimizer.models(round_) else 1
         products = 2 * steps if optimizer.along else 0
         estimates = optimizer.curvature.cost * len(due) if optimizer.curvature else 0

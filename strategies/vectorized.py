@@ -170,7 +170,7 @@ def vectorized(
     counts = torch.tensor(plan.steps, dtype=anchor.dtype, device=anchor.device)
     seconds = time.perf_counter() - began
     gradients = [
-        trainer.evaluations(round_, steps, d)
+        trainer.evaluations(round_, steps, d, anchor.shape[1])
         for steps, d in zip(plan.steps, due, strict=True)
     ]
     return Trained(

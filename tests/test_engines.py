@@ -154,7 +154,10 @@ def test_engines_agree(
     if isinstance(algorithm, Tailored):
         algorithm = algorithm.tailored(objective.layout)
     trainer = Trainer(algorithm, optimizer, local, objective, seed=5)
-    compare(*both(trainer, SIZES), atol=1e-12)
+    loop, vmap = both(trainer, SIZES)
+    compare(loop, vmap, atol=1e-12)
+    models = {Ditto: 2, FedEM: 2}.get(type(algorithm), 1)  # each has its gradient
+    assert all(t.gradients[0] == models * t.steps[0] for t in loop)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
