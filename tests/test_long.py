@@ -309,8 +309,10 @@ def test_disks_that_are_full_or_read_only(
         quick=(),
     )
     torch.testing.assert_close(result.theta, ours.theta, rtol=1e-4, atol=1e-6)
+    read_only = failed[0]["1"].split(": '")[0]  # without the path
     with capsys.disabled():
         print(
-            "| a state-dir of 8 kB (tmpfs) and one that is read-only, on two of three nodes "
-            f"| 3 rounds | {failed[1]['0']}; {failed[0]['1'][:70]}; the model of lost replies |"
+            "| a state-dir of 8 kB and one that is read-only, on two of three nodes | 3 rounds | "
+            f"{failed[1]['0']}; {read_only}; "
+            "the model of lost replies |"
         )
