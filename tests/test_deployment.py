@@ -29,6 +29,7 @@ from app.config import load
 from app.deploy import hosting, settings
 from app.deployment import MARK, Deployment, end_all, free_ports, marked
 from app.errors import UserError
+from app.peaks import Peaks, peak
 
 pytestmark = [
     pytest.mark.flower,
@@ -226,6 +227,21 @@ def test_interrupted_it_ends_what_it_started(tmp_path: Path) -> None:
         assert mine.stdout is not None
         mine.stdout.close()
         mine.wait()
+
+
+def test_the_largest_memory_of_each_kind_of_process_is_kept() -> None:
+    living = {os.getpid(): "/x/bin/flwr-clientapp --token t", 1: "/sbin/init"}
+    with Peaks(lambda: living) as peaks:
+        peaks.look()
+        living[2**22 + 1] = "/x/bin/flower-superlink --host h"  # gone before it is read
+        peaks.look()
+    # The kernel counts pages in batches, so a little off.
+    assert peaks.found["ClientApp"] == pytest.approx(peak(os.getpid()), rel=0.05)
+    assert peaks.found["SuperLink"] == 0
+    assert "ClientApp" in str(peaks) and peaks.found.keys() == {
+        "ClientApp",
+        "SuperLink",
+    }
 
 
 def test_free_ports_differ() -> None:
