@@ -31,7 +31,7 @@ from strategies.personal_objective import PersonalObjective
 from strategies.randomness import permutations
 from strategies.relay import Relay
 from strategies.topology import complete
-from strategies.wire import decode
+from strategies.wire import decode, pack
 
 Door = Callable[..., Result]
 F64 = torch.float64
@@ -337,6 +337,33 @@ def test_a_hyper_gradient_that_is_not_finite_leaves_its_client_as_it_was(
     for k, lam in enumerate(kept.all("l")):
         assert float(lam.abs().max()) == (0 if k == 2 else pytest.approx(0.1, rel=0.01))
     assert result.records[2]["clients"]["failed"] == {}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "why"), [(float("nan"), "NaN or infinity"), (None, "wrong keys")]
+)
+def test_a_bad_reply_is_refused_and_the_others_go_on(
+    run: Door, monkeypatch: pytest.MonkeyPatch, numbers: float | None, why: str
+) -> None:
+    def spoiled(grid: Any, messages: Any, timeout: float) -> Any:
+        replies = exchange(grid, messages, timeout)
+        for reply in replies:
+            of_one = 1 in reply.content["report"]["clients"]
+            if of_one and reply.metadata.group_id == "1.push.1":
+                u = torch.full((1,), numbers) if numbers else torch.zeros(0)
+                size = len(reply.content["up"]["u"].numpy())
+                reply.content["up"] = pack({"u": u.expand(size) if numbers else u})
+        return replies
+
+    monkeypatch.setattr(outer, "exchange", spoiled)
+    kept = Kept()
+    result = run(*GIVEN, "strategy=fedavg", "rounds=2", grid=kept)
+    told = result.records[1]["personal"]
+    assert told["moved"] == 3
+    assert set(told["failed"]) == {"1", "3", "5"}
+    assert all(why in line for line in told["failed"].values())
+    still = [float(lam.abs().max()) == 0 for lam in kept.all("l")]
+    assert still == [False, True] * 3
 
 
 def test_what_is_lost_begins_anew(run: Door) -> None:
