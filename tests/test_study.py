@@ -23,7 +23,7 @@ from app.records import read_summary
 from app.results import DOCS, page, publish, summarize
 from app.synthetic import QUADRATICS_A, QUADRATICS_B
 from app.tables import Run
-from app.tuning import BY, Tuning, chosen
+from app.tuning import BY, Tuning, chosen, compared
 from app.verdict import Rule, judge
 
 #: A run of a preset in a second: one round, few clients, in this process.
@@ -397,8 +397,12 @@ def test_the_page_is_what_the_summaries_say():
 def test_a_published_verdict_follows_from_its_numbers(file):
     kept = json.loads(file.read_text(encoding="utf-8"))
     rule = Rule(**kept["rule"])
-    told = judge(rule, kept["variants"], kept["seeds"], kept["metric"])
+    told = judge(rule, compared(kept), kept["seeds"], kept["metric"])
     assert told == kept["verdict"]
+    if "tuning" in kept:
+        by, methods = kept["tuning"]["by"], kept["tuning"]["methods"]
+        again = chosen(Tuning(by=by, methods=methods), kept["variants"])
+        assert again == kept["tuning"]["chosen"]
     assert file.with_suffix(".png").stat().st_size < 150_000
 
 
