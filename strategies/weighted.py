@@ -21,9 +21,10 @@ from strategies.personalization import Personal
 from strategies.randomness import permutations
 from strategies.sgd import SGD
 
-#: Largest entries of the gradient, and of Newton's next step relative to the model, at what counts
-#: as a minimizer.
-STATIONARY = {torch.float64: (1e-11, 1e-6), torch.float32: (1e-5, 1e-2)}
+#: Largest entry of the gradient at what counts as a minimizer, and that of Newton's last step
+#: relative to the model: where classes can be separated the gradient vanishes and steps stay long.
+FLAT = {torch.float64: 1e-11, torch.float32: 1e-5}
+SHORT = 1e-3
 #: Newton's steps; from zero, a logistic regression with a minimizer takes about ten.
 NEWTON = 50
 
@@ -150,23 +151,23 @@ def minimize(task: Task, start: Tensor, weights: Tensor) -> Tensor:
         If there is none, as for classes that a plane separates where there is no weight decay.
     """
     theta = start.detach().clone()
-    flat, short = STATIONARY[theta.dtype]
+    moved = 0.0  # a start without a slope is a minimizer
 
     def cost(theta: Tensor) -> Tensor:
         decay = task.personal.decay / 2 * theta.square().sum()
         return task.cost(theta, weights) + decay
 
-    for _ in range(NEWTON):
+    for k in range(NEWTON):
         leaf = theta.requires_grad_()
         before = cost(leaf)
         (gradient,) = torch.autograd.grad(before, leaf, create_graph=True)
-        step = _solve(gradient, leaf)
-        theta, before, gradient = theta.detach(), before.detach(), gradient.detach()
-        # Where classes can be separated the gradient vanishes and the steps stay as long.
-        near = float(step.abs().max()) <= short * (1 + float(theta.abs().max()))
-        if near and float(gradient.abs().max()) <= flat:
+        theta, before = theta.detach(), before.detach()
+        near = moved <= SHORT * (1 + float(theta.abs().max()))
+        if near and float(gradient.detach().abs().max()) <= FLAT[theta.dtype]:
             return theta
-        for _ in range(0 if near else 30):
+        step = _solve(gradient, leaf)
+        moved = float(step.abs().max())
+        for _ in range(0 if near and k else 30):
             with torch.no_grad():
                 if cost(theta - step) <= before:
                     break
@@ -182,13 +183,16 @@ def _solve(gradient: Tensor, leaf: Tensor) -> Tensor:
     """Return H^-1 times a gradient whose graph is there, by conjugate gradients."""
     residual = gradient.detach()
     found, p, square = torch.zeros_like(residual), residual, residual @ residual
-    goal = square * torch.finfo(residual.dtype).eps
+    eps, top = torch.finfo(residual.dtype).eps, 0.0
+    goal = square * eps
     for _ in range(2 * len(residual)):
         if square <= goal:
             break
         (curved,) = torch.autograd.grad(gradient, leaf, p, retain_graph=True)
         bend = p @ curved
-        if bend <= 0:
+        # What is left of the gradient may be rounding, in directions without curvature.
+        top = max(top, float(bend / (p @ p)))
+        if float(bend / (p @ p)) <= top * eps**0.75:
             break
         found = found + square / bend * p
         residual = residual - square / bend * curved

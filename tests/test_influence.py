@@ -192,6 +192,18 @@ def test_a_sample_that_is_left_out_leaves_its_place_in_the_batch_empty() -> None
     assert part.cost(trained(), part.without(elsewhere), 1) == whole
 
 
+def test_a_minimizer_is_found_without_decay_too() -> None:
+    # The cost does not know a number added to both logits: its Hessian is singular.
+    free = Task(Personal(net, SIZE, 2, (SampleWeights(),)), task().clients)
+    g = torch.Generator().manual_seed(1)
+    theta = minimize(free, torch.randn(SIZE, generator=g, dtype=F64), free.ones())
+    for sample in range(0, N * SAMPLES, 4):
+        weights = free.without(sample)
+        again = minimize(free, theta, weights)
+        assert float(free.slope(again, weights).abs().max()) < 1e-11
+        assert float((again - theta).abs().max()) < 3
+
+
 def test_classes_that_a_plane_separates_have_no_minimizer() -> None:
     x = torch.tensor([[-2.0, 0], [-1, 1], [1, 0], [2, 1]], dtype=F64)
     own = Own(x, (x[:, 0] > 0).long(), x, (x[:, 0] > 0).long())
