@@ -145,7 +145,7 @@ def train_all(
             part, size = samples.train, len(samples.train)
             mine = (own or {}).get(k, {})
             blank = run.fresh(mine["theta"]) if fresh and mine else fresh
-            memory = recall(store, k, version, blank) if version > since else blank
+            memory = recall(store, k, version if version > since else 0, blank)
             client = Client(k, size, size / mean_samples, samples.entropy)
             l_k = hyper(k) if hyper else None
             jobs.append(Job(client, part, memory, mine, l_k))
