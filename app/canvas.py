@@ -48,7 +48,7 @@ def style(index: int) -> dict[str, Any]:
     return {
         "color": INKS[index % len(INKS)],
         "ls": LINES[(index + turn) % len(LINES)],
-        "marker": MARKERS[index % len(MARKERS)],
+        "marker": MARKERS[(index + 3 * turn) % len(MARKERS)],
     }
 
 
@@ -80,6 +80,7 @@ def legend(figure: Figure, axes: Axes, title: str | None) -> None:
     figure.legend(
         loc="outside lower center",
         fontsize=8,
+        handlelength=3.5,  # long enough to tell a line's dashes beside its marker
         ncols=columns,
         title=title,
         title_fontsize=7,
