@@ -132,7 +132,8 @@ def test_a_network_gives_the_local_runtimes_models(
     same(run(*given), found(tmp_path / "flower" / "net", summary))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.long
+@pytest.mark.timeout(300)
 def test_hyper_gradients_are_those_of_the_local_runtime(
     home: Path, run: Run, tmp_path: Path
 ) -> None:
