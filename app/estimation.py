@@ -34,6 +34,7 @@ from app.rundir import RunDir
 from app.summary import summarize
 from strategies.hypergrad import HGP, hypergradients
 from strategies.hyperproblem import Found, Lambdas, Problem, closed_form
+from strategies.network import Network
 from strategies.randomness import permutations
 
 #: Newton's steps; from zero, a logistic regression with a minimizer takes about ten.
@@ -120,6 +121,13 @@ def _minimizer(samples: Tensor, config: Config) -> Tensor:
     )
 
 
+def links_of(config: Config, how: HGP) -> Network:
+    """Return the network of a run, checked for all the rounds that its pushes use."""
+    pushes = (how.power_steps + how.depth) * how.pushes
+    over = config.model_copy(update={"rounds": pushes})
+    return network(over, bind("strategy", config.strategy)())
+
+
 def estimate(
     overrides: Sequence[str], callbacks: Sequence[Callback], say: Any
 ) -> dict[str, Any]:
@@ -139,9 +147,7 @@ def estimate(
     torch.set_num_threads(config.threads)
     how: HGP = bind("estimate", config.estimate)()
     problem = logistic(setting(tuple(overrides)))
-    pushes = (how.power_steps + how.depth) * how.pushes
-    over = config.model_copy(update={"rounds": pushes})
-    links = network(over, bind("strategy", config.strategy)())
+    links = links_of(config, how)
     exact = torch.stack(closed_form(problem))
     directory = directory_of(config)
     say(f"run directory: {directory.path}")

@@ -21,9 +21,8 @@ from app import influence_plots, influence_report
 from app.binding import bind
 from app.callbacks import Callback
 from app.config import Config, load
-from app.driver import network
 from app.errors import UserError
-from app.estimation import directory_of
+from app.estimation import directory_of, links_of
 from app.host import Setting, setting
 from app.influence_report import Look
 from app.influence_task import task_of, trainers
@@ -65,9 +64,7 @@ def estimate(
         raise UserError(
             f"estimate.check={how.check}: there are only {count} training samples"
         )
-    pushes = (how.power_steps + how.depth) * how.pushes
-    over = config.model_copy(update={"rounds": pushes})
-    links = network(over, bind("strategy", config.strategy)())
+    links = links_of(config, how)
     theta, base, retrain = trainers(task, config, how, model.initial()[0])
     directory = directory_of(config)
     say(f"run directory: {directory.path}")

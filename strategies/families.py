@@ -7,6 +7,7 @@ mixture, which has no plain model, it is the mean of the learners.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -40,7 +41,7 @@ def relative(l: Tensor) -> Tensor:  # noqa: E741 - the papers' lambda
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(ABC):
     """One kind of hyper-parameters. What a kind does not touch, it returns as it is.
 
     Attributes
@@ -64,9 +65,9 @@ class Family:
         """Say why it does not go with a model or a client's data; empty if it does."""
         return ""
 
+    @abstractmethod
     def size(self, classes: int, own: Own) -> int:
         """Return how many numbers a client has of it."""
-        raise NotImplementedError
 
     def inputs(self, x: Tensor, own: Tensor) -> Tensor:
         """Return the inputs (B, ...) that the model sees."""
