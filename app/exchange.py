@@ -1,4 +1,4 @@
-"""Messages out, replies in: as the grid does it, but without its long pauses.
+"""Messages out, replies in: as the grid does it, but without its long pauses; and who is there.
 
 Flower's grid of a deployment looks for replies every three seconds. A round of a small job takes
 less, so here the pause grows with the time already waited.
@@ -14,6 +14,8 @@ from flwr.app import Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.superlink.grid.http_grid import HttpGrid
+
+from strategies.roster import Roster
 
 SHORTEST, LONGEST, SHARE = 0.1, 3.0, 0.05
 
@@ -58,3 +60,12 @@ def _by_whom(reply: Message, asked: Message) -> Message:
     The SuperLink answers for a node that is gone, in its own name.
     """
     return Message(reply.error, reply_to=asked) if reply.has_error() else reply
+
+
+def gather(grid: Grid, roster: Roster, enough: int, patience: float) -> None:
+    """Wait, so many seconds at most, until enough clients are there for a round."""
+    end = time.monotonic() + patience
+    roster.call(grid)
+    while len(roster.trainable()) < enough and time.monotonic() < end:
+        time.sleep(0.5)
+        roster.call(grid)

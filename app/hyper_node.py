@@ -6,6 +6,7 @@ Beside what training sends, only vectors of R^d leave it (see `strategies.bileve
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any, cast
 
@@ -64,6 +65,8 @@ def work(message: Message, context: Context) -> Message:
             scores = _scores(node, client, order)
             if u is not None and not bool(torch.isfinite(u).all()):
                 raise ArithmeticError("the hyper-gradient is not finite")
+            if not all(map(math.isfinite, scores.values())):
+                raise ArithmeticError("a score is not finite")
             if after:
                 remember(store, k, version, named[i], keep, after)
         except Exception as error:

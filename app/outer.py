@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from app import durable
 from app.config import Config
 from app.errors import UserError
-from app.exchange import exchange
+from app.exchange import exchange, gather
 from app.personal_check import settings
 from strategies.bilevel import Bilevel
 from strategies.federation import Federation
@@ -84,25 +84,22 @@ class Outer:
         Raises
         ------
         UserError
-            If a client has lost what it remembers and ``lost_state=fail``.
+            If a client has lost what it remembers and ``lost_state=fail``, or too few answer.
         """
         how, last = self.level.how, round_ == self.config.rounds
         due = bool(how.every) and round_ % how.every == 0
         if not (due or last):
             return
 
-        def ask(messages: list[Message]) -> list[Message]:
-            return exchange(grid, messages, self.config.deadline)
-
         def better(told: Told) -> bool:
             return self._is_best(told, round_, place)
 
-        self.level.federation.roster.call(grid)
+        self._reach(grid, round_)
         if last:
-            told = self.level.look(round_, ask)
+            told = self.level.look(round_)
             better(told)
         else:
-            told = self.level.estimate(round_, better, ask)
+            told = self.level.estimate(round_, better)
             self.steps += 1
         self._lose(told)
         found = summary(told) | {"step": self.steps, "best": self.best.get("round")}
@@ -119,13 +116,36 @@ class Outer:
 
     def settle(self, grid: Grid, round_: int) -> None:
         """Let the clients return to what validation preferred, once the run has ended."""
-        if not self.steps:
-            return
+        if self.steps:
+            self._reach(grid, round_)
+            # Clients keep the best when they take a step; after the last round they take none.
+            last = round_ == self.config.rounds
+            self.level.settle(round_, last and self.best.get("round") == round_)
+
+    def _reach(self, grid: Grid, round_: int) -> None:
+        """See who is there, and tell the level how to ask them, and to ask again."""
+        config, roster = self.config, self.level.federation.roster
+        patience = config.deadline
 
         def ask(messages: list[Message]) -> list[Message]:
-            return exchange(grid, messages, self.config.deadline)
+            return exchange(grid, messages, patience)
 
-        self.level.settle(round_, self.best.get("round") == round_, ask)
+        def again(attempt: int) -> None:
+            nonlocal patience
+            if attempt >= config.attempts:
+                hint = "; resume it when the nodes are back"
+                raise UserError(
+                    f"round {round_}: fewer than min_replies={config.min_replies} replies to "
+                    f"its outer step in {attempt} attempts"
+                    f"{hint if config.checkpoint_every else ''}"
+                )
+            self.say(f"round {round_}: too few replies, outer step, attempt {attempt}")
+            # Longer each time, as for a round.
+            patience = config.deadline * (attempt + 1)
+            gather(grid, roster, config.min_replies, config.deadline)
+
+        gather(grid, roster, config.min_replies, config.deadline)
+        self.level.ask, self.level.again = ask, again
 
     def _is_best(self, told: Told, round_: int, place: Path) -> bool:
         """Say whether validation has never been better, and keep the model if so."""

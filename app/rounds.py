@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from app.config import Config
 from app.errors import UserError
-from app.exchange import exchange
+from app.exchange import exchange, gather
 from strategies.federation import Federation
 from strategies.recovery import begin_anew
 from strategies.relay import Relay
@@ -100,7 +100,7 @@ class Rounds:
             if not told.short:
                 return taken
             self.say(f"round {round_}: too few replies, attempt {taken.attempts}")
-            self._regather(grid)
+            gather(grid, federation.roster, config.min_replies, config.deadline)
         hint = "; resume it when the nodes are back" if config.checkpoint_every else ""
         raise UserError(
             f"round {round_}: fewer than min_replies={config.min_replies} replies in "
@@ -128,12 +128,3 @@ class Rounds:
         anew = begin_anew(self.federation, self.lost, ask)
         self.lost -= set(anew)
         return anew
-
-    def _regather(self, grid: Grid) -> None:
-        """Wait, for a deadline at most, until enough clients are there for a round."""
-        roster, end = self.federation.roster, time.monotonic() + self.config.deadline
-        while time.monotonic() < end:
-            roster.call(grid)
-            if len(roster.trainable()) >= self.config.min_replies:
-                return
-            time.sleep(0.5)

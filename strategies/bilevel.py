@@ -13,7 +13,9 @@ complete network. Neither l_i nor v_i nor anything else of a client's own is in 
 
 Each exchange gives the clients' memory of `personalize.py` a version, and the ledger names, as for
 training, the last one whose reply was accepted. Who fails in an exchange has no further part in the
-estimate: its l_i stays, u_i = z_i stands for it (0 at the start), and the others go on.
+estimate: its l_i stays, u_i = z_i stands for it (0 at the start), and the others go on. But where
+fewer than ``min_replies`` answer, those whose nodes were silent are asked again, for the same
+version: what they did the first time leaves no trace.
 
 The check of alpha is hypergrad.py's power iteration, before the first estimate of a run.
 """
@@ -43,6 +45,8 @@ from strategies.wire import Refused, pack, weigh
 
 HYPER = f"{MessageType.QUERY}.hyper"
 Exchange = Callable[[list[Message]], Iterable[Message]]
+#: Waits for nodes, after so many attempts of an exchange, or raises if it was the last.
+Again = Callable[[int], None]
 
 
 class Bilevel:
@@ -57,6 +61,9 @@ class Bilevel:
 
     Attributes
     ----------
+    ask, again : callable
+        How clients are reached: ``ask`` sends messages and returns their replies. To be set before
+        the first exchange.
     ledger : dict of int to int
         The version of each client's memory that counts; training and evaluation name it too.
     """
@@ -68,18 +75,18 @@ class Bilevel:
         federation.hyper = self.ledger
         self.checked = False
         self._told, self._round, self._t = Told(), 0, 0
+        self.ask: Exchange
+        self.again: Again
 
     # What a run asks for.
 
-    def look(self, round_: int, ask: Exchange) -> Told:
+    def look(self, round_: int) -> Told:
         """Let the clients measure the models and hyper-parameters after a round."""
         self._open(round_)
-        self._exchange("look", 0, self._clients(), None, ask)
+        self._exchange("look", 0, self._clients(), None)
         return self._closed()
 
-    def estimate(
-        self, round_: int, best: Callable[[Told], bool], ask: Exchange
-    ) -> Told:
+    def estimate(self, round_: int, best: Callable[[Told], bool]) -> Told:
         """Let the clients measure, estimate their hyper-gradients, and take their steps.
 
         Parameters
@@ -89,29 +96,28 @@ class Bilevel:
         best : callable
             Says, of what the clients measured, whether they have never been better: they then
             keep what they have beside what becomes of it.
-        ask : callable
-            Sends messages and returns their replies.
         """
         self._open(round_)
         how, clients = self.how, self._clients()
         if how.power_steps and not self.checked:
-            self._check(clients, ask)
+            self._check(clients)
             self.checked = True
-        u, clients = self._exchange("start", 0, clients, None, ask)
+        u, clients = self._exchange("start", 0, clients, None)
         keeps, z = best(self._told), None
         for m in range(1, how.depth + 1):
             if not clients:
                 break
             z = self._mean(u, z)
             what = "step" if m == how.depth else "push"
-            u, clients = self._exchange(what, m, clients, z, ask, keeps and m == 1)
+            u, clients = self._exchange(what, m, clients, z, keeps and m == 1)
         self._told.moved = clients
         return self._closed()
 
-    def settle(self, round_: int, best: bool, ask: Exchange) -> Told:
+    def settle(self, round_: int, best: bool) -> Told:
         """Let the clients keep what they have now as the best, or return to the best they had."""
         self._open(round_)
-        self._exchange("settle", 1, self._clients(), None, ask, best)
+        # After the last step of an estimate, whose version may have been of this round.
+        self._exchange("settle", self.how.depth + 1, self._clients(), None, best)
         return self._closed()
 
     # How.
@@ -143,7 +149,7 @@ class Bilevel:
         everyone = [roster.samples[k] for k in roster.trainable()]
         return [roster.samples[k] * len(everyone) / sum(everyone) for k in clients]
 
-    def _check(self, clients: list[int], ask: Exchange) -> None:
+    def _check(self, clients: list[int]) -> None:
         """Look for the mean Hessian's largest eigenvalue, and warn of an alpha too large for it."""
         theta = self.federation.server["theta"]
         seed, d = self.federation.roster.seed, len(theta)
@@ -152,7 +158,7 @@ class Bilevel:
         if self.each:
             q = q.expand(self._count, d).contiguous()
         for k in range(self.how.power_steps):
-            products, clients = self._exchange("curvature", k, clients, q, ask)
+            products, clients = self._exchange("curvature", k, clients, q)
             if not clients:
                 return
             z = self._mean(products, None)
@@ -193,39 +199,62 @@ class Bilevel:
         step: int,
         clients: list[int],
         z: Tensor | None,
-        ask: Exchange,
         best: bool = False,
     ) -> tuple[dict[tuple[int, ...], Tensor], list[int]]:
         """Ask clients, and return what they sent, by clients, and who answered."""
-        messages, asked = self._messages(what, step, clients, z, best)
-        name = messages[0].metadata.group_id if messages else ""
-        self._told.exchanges += 1
-        self._told.messages += len(messages)
         parts: dict[tuple[int, ...], Tensor] = {}
+        enough = min(self.federation.min_replies, len(clients))
+        self._told.exchanges += 1
+        attempt, silent = 0, dict.fromkeys(clients, "its node is gone")
+        while silent:
+            silent = self._attempt(what, step, sorted(silent), z, best, parts)
+            attempt += 1
+            if len(clients) - len(silent) >= enough:
+                break
+            self.again(attempt)
+        self._told.failed |= silent
+        fine = [k for k in clients if k not in self._told.failed]
+        self._told.products += len(fine) * (2 if what == "push" else 1)
+        if what in ("start", "push", "step", "settle"):
+            self.ledger |= dict.fromkeys(fine, self._version(step))
+        # In the clients' order, whichever attempt they answered: sums have the same bits.
+        return dict(sorted(parts.items())), fine
+
+    def _attempt(
+        self,
+        what: str,
+        step: int,
+        clients: list[int],
+        z: Tensor | None,
+        best: bool,
+        parts: dict[tuple[int, ...], Tensor],
+    ) -> dict[int, str]:
+        """Ask clients, add what they sent to ``parts``, and return who was silent, and why."""
+        hosts, theta = self.federation.roster.hosts, self.federation.server["theta"]
+        silent = {k: "its node is gone" for k in clients if k not in hosts}
+        present = [k for k in clients if k in hosts]
+        messages, asked = self._messages(what, step, present, z, best)
+        name = f"{self._round}.{what}.{step}"
+        self._told.messages += len(messages)
         replies = sorted(
-            ask(messages), key=lambda r: asked.get(r.metadata.src_node_id, [])[:1]
+            self.ask(messages), key=lambda r: asked.get(r.metadata.src_node_id, [])[:1]
         )
         for reply in replies:
             mine = asked.pop(reply.metadata.src_node_id, None)
             self._told.messages += 1
             try:
-                theta = self.federation.server["theta"]
                 told, up = self._told.accept(
                     reply, name, mine, len(theta), theta.dtype, self.each
                 )
             except Refused as error:
                 log(WARNING, "%s: node refused: %s", name, error)
-                self._told.failed |= dict.fromkeys(mine or (), str(error))
+                silent |= dict.fromkeys(mine or (), str(error))
                 continue
             if up is not None and told:
                 parts[tuple(told)] = up
         for mine in asked.values():
-            self._told.failed |= dict.fromkeys(mine, "no reply before the deadline")
-        fine = [k for k in clients if k not in self._told.failed]
-        self._told.products += len(fine) * (2 if what == "push" else 1)
-        if what in ("start", "push", "step", "settle"):
-            self.ledger |= dict.fromkeys(fine, self._version(step))
-        return parts, fine
+            silent |= dict.fromkeys(mine, "no reply before the deadline")
+        return silent
 
     def _version(self, step: int) -> int:
         return self._round * self.how.exchanges + step + 1

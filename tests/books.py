@@ -26,6 +26,18 @@ STATEFUL = {
         *("strategy.client_lr=true", "optimizer=tuned_sgd"),
     ),
 }
+#: Those, and clients with models or hyper-parameters of their own.
+EVERY = {
+    **STATEFUL,
+    "Ditto": ("strategy=ditto",),
+    "HGP": (
+        *("strategy=pushsum", "topology=stochastic_directed", "strategy.judge=own"),
+        *("personal=hgp", "personal.every=1", "personal.depth=2", "dtype=float64"),
+        "personal.power_steps=1",
+        *("partition.alpha=1", "client_validation=0.25", "client_test=0.2"),
+        "clients_per_round=6",
+    ),
+}
 #: What a client remembers, and the server's vector that is its mean over all clients.
 MEANS = {"FedDyn": ("gradient", "h"), "SCAFFOLD": ("control", "control")}
 
@@ -43,7 +55,7 @@ def audited(
     result : Result
         Its last round has a checkpoint.
     name : str
-        A name of `STATEFUL`.
+        A name of `EVERY`.
     clients : int
         How many there are.
     stores : callable

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import Result, grid_of
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
-from app import durable, outer
+from app import durable, hyper_node, outer
 from app.errors import UserError
 from app.exchange import exchange
 from app.host import Samples
@@ -51,6 +51,10 @@ SHARED = "personal.independent=false"
 NETWORK = ("strategy=pushsum", "topology=stochastic_directed", "strategy.judge=own")
 
 
+#: What of a record of an outer step counts messages.
+COUNTED = ("messages", "bytes", "exchanges")
+
+
 class Kept:
     """Makes the grid of a run, and reads afterwards what its clients remember."""
 
@@ -83,15 +87,15 @@ class Seen:
         self.models: list[Tensor] = []
         whole = Bilevel.estimate
 
-        def estimate(level: Bilevel, round_: int, best: Any, ask: Any) -> Any:
+        def estimate(level: Bilevel, round_: int, best: Any) -> Any:
             federation = level.federation
             if not isinstance(federation, Relay):
                 self.models.append(federation.server["theta"].expand(6, -1).clone())
-                return whole(level, round_, best, ask)
+                return whole(level, round_, best)
             state = federation.carried["model"]
             x, w = state.x.copy(), state.w.copy()
             self.models.append(torch.from_numpy(state.z().copy()))
-            told = whole(level, round_, best, ask)
+            told = whole(level, round_, best)
             assert (state.x == x).all()
             assert (state.w == w).all()
             return told
@@ -339,6 +343,38 @@ def test_a_hyper_gradient_that_is_not_finite_leaves_its_client_as_it_was(
     assert result.records[2]["clients"]["failed"] == {}
 
 
+def test_a_score_that_is_not_finite_costs_its_client_the_step_and_nobody_else(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = hyper_node._scores
+
+    def scores(node: Any, client: Member, order: Any) -> dict[str, float]:
+        found = whole(node, client, order)
+        return {n: float("inf") for n in found} if client.id == 2 else found
+
+    monkeypatch.setattr(hyper_node, "_scores", scores)
+    given = ("strategy=fedavg", "min_replies=5", "personal.depth=1", "rounds=2")
+    told = run(*GIVEN, *given).records[1]["personal"]
+    assert told["moved"] == 5
+    assert told["failed"] == {"2": "ArithmeticError: a score is not finite"}
+
+
+def test_stopped_after_its_best_step_it_returns_to_what_validation_saw(
+    run: Door,
+) -> None:
+    kept, steps = Kept(), list[list[Tensor]]()
+
+    def stop(record: dict[str, Any]) -> Any:
+        steps.append(kept.all("best"))
+        return record["round"] == 2, {}
+
+    given = ("strategy=fedavg", "personal.depth=2", "rounds=9")
+    result = run(*GIVEN, *given, grid=kept, callbacks=[stop])
+    assert result.summary["personal"]["round"] == 2, "else this shows nothing"
+    for after, best in zip(kept.all("l"), steps[-1], strict=True):
+        assert torch.equal(after, best)
+
+
 @pytest.mark.parametrize(
     ("numbers", "why"), [(float("nan"), "NaN or infinity"), (None, "wrong keys")]
 )
@@ -364,6 +400,55 @@ def test_a_bad_reply_is_refused_and_the_others_go_on(
     assert all(why in line for line in told["failed"].values())
     still = [float(lam.abs().max()) == 0 for lam in kept.all("l")]
     assert still == [False, True] * 3
+
+
+def losing(*turns: str) -> Callable[..., list[Message]]:
+    """Return an exchange that loses the replies of odd clients in these, once for each mention."""
+    left = list(turns)
+
+    def exchanged(grid: Any, messages: list[Message], timeout: float) -> list[Message]:
+        replies = exchange(grid, messages, timeout)
+        (name,) = {m.metadata.group_id for m in messages}
+        if name not in left:
+            return replies
+        left.remove(name)
+        return [r for r in replies if 1 not in r.content["report"]["clients"]]
+
+    return exchanged
+
+
+@pytest.mark.parametrize("inner", [("strategy=fedavg",), NETWORK])
+def test_an_exchange_below_the_minimum_is_taken_again_without_a_trace(
+    run: Door, monkeypatch: pytest.MonkeyPatch, inner: tuple[str, ...]
+) -> None:
+    given = (*GIVEN, *inner, "personal.depth=3", "rounds=2")
+    kept, undisturbed = Kept(), Kept()
+    plain = run(*given, grid=undisturbed)
+    turns = ["1.curvature.4", "1.start.0", "1.push.2", "1.push.2", "1.step.3"]
+    monkeypatch.setattr(outer, "exchange", losing(*turns, "2.look.0", "2.settle.4"))
+    result = run(*given, "min_replies=6", grid=kept)
+    assert torch.equal(result.theta, plain.theta)
+    for name in ("l", "best", "first", "second"):
+        for ours, theirs in zip(kept.all(name), undisturbed.all(name), strict=True):
+            assert torch.equal(ours, theirs), name
+    for ours, theirs in zip(result.records[1:], plain.records[1:], strict=True):
+        told = {k: v for k, v in ours["personal"].items() if k not in COUNTED}
+        assert told == {k: theirs["personal"][k] for k in told}
+        assert ours["personal"]["messages"] > theirs["personal"]["messages"]
+    assert sum("too few replies, outer step" in line for line in result.lines) == 7
+    # Without a minimum they are left out instead.
+    monkeypatch.setattr(outer, "exchange", losing("1.push.2"))
+    told = run(*given).records[1]["personal"]
+    assert told["moved"] == 3
+    assert set(told["failed"].values()) == {"no reply before the deadline"}
+
+
+def test_an_exchange_that_nobody_answers_ends_the_run(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outer, "exchange", losing(*["1.start.0"] * 2))
+    with pytest.raises(UserError, match="min_replies=6 replies to its outer step in 2"):
+        run(*GIVEN, "strategy=fedavg", "min_replies=6", "attempts=2", "rounds=2")
 
 
 def test_what_is_lost_begins_anew(run: Door) -> None:

@@ -14,24 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from books import STATEFUL, audited
+from books import EVERY, audited
 from conftest import QUICK, Result
 
 from app.experiment import run_local
 from app.store import DirectoryStore
 
 pytestmark = pytest.mark.timeout(600)  # ten seconds for all, on a machine that is free
-#: Those, and clients with models or hyper-parameters of their own.
-EVERY = {
-    **STATEFUL,
-    "Ditto": ("strategy=ditto",),
-    "HGP": (
-        *("strategy=pushsum", "topology=stochastic_directed", "strategy.judge=own"),
-        *("personal=hgp", "personal.every=1", "personal.depth=2", "dtype=float64"),
-        *("partition.alpha=1", "client_validation=0.25", "client_test=0.2"),
-        "clients_per_round=6",
-    ),
-}
 
 
 def killed(given: list[str], path: Path, after: int, delay: float) -> int:

@@ -20,7 +20,7 @@ import pytest
 import test_durability
 import test_faults
 import torch
-from books import STATEFUL, audited
+from books import EVERY, STATEFUL, audited
 from conftest import Result
 from hypothesis import HealthCheck, settings
 from jobs import JOB, Job, Lively, two_nodes
@@ -100,7 +100,7 @@ def test_kill_9_at_random(
     """Kill every part at a random moment of a job; the model is the undisturbed one."""
     draw, began, rounds = random.Random(SEED), time.monotonic(), 3
     truth: dict[str, Result] = {}
-    tallies = {name: Tally() for name in STATEFUL}
+    tallies = {name: Tally() for name in EVERY}
     broken: list[str] = []
 
     def say(line: str) -> None:
@@ -108,9 +108,9 @@ def test_kill_9_at_random(
             print(line, flush=True)
 
     for repetition in range(REPETITIONS):
-        name = list(STATEFUL)[repetition % len(STATEFUL)]
+        name = list(EVERY)[repetition % len(EVERY)]
         tally = tallies[name]
-        given = [*JOB, *STATEFUL[name], f"rounds={rounds}"]
+        given = [*JOB, *EVERY[name], f"rounds={rounds}"]
         if name not in truth:
             truth[name] = run(*given, "processes=0", quick=())
         place = f"job-{SEED}-{repetition}"
