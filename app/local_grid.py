@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import numpy as np
 from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -47,9 +48,18 @@ class Nodes:
             return Message(Error(code=RAISED, reason=reason[:300]), reply_to=message)
 
 
+def _identify() -> None:
+    """Say for whom this process works: Flower asks when a message is made."""
+    TaskIdentity.run_id = RUN_ID
+    TaskIdentity.node_id = TaskIdentity.task_id = 1
+
+
 def _serve(pipe: Connection) -> None:
     """Answer messages until the parent goes away (a worker process)."""
     nodes = Nodes({})
+    _identify()
+    # A copy of the server's generator would be every worker's: Flower's privacy draws from it.
+    np.random.seed()
     try:
         while True:
             task = pipe.recv()
@@ -98,7 +108,7 @@ class Worker:
         assert self.busy is not None
         try:
             reply: Message = self.pipe.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # also in the middle of a message
             error = Error(code=RAISED, reason="the worker process died")
             reply = Message(error, reply_to=self.busy)
             waiting, contexts = self.waiting, self.contexts
@@ -156,8 +166,7 @@ class LocalGrid(Grid):
     def __init__(
         self, run_config: Mapping[str, Any], nodes: int, processes: int = 0
     ) -> None:
-        TaskIdentity.run_id = RUN_ID
-        TaskIdentity.node_id = TaskIdentity.task_id = 1
+        _identify()
         self.run_config = run_config
         self._contexts: dict[int, Context] = {}
         self._ids = itertools.count(1)

@@ -51,6 +51,17 @@ def test_central_noise_is_that_of_the_clients_that_counted(
     assert abs(float(noise.mean())) < 4 * expected / math.sqrt(len(noise))
 
 
+def test_each_worker_draws_noise_of_its_own(run: Door) -> None:
+    """Two clients on two processes: were the noise the same, its mean would be as large as each."""
+    given = ("strategy=fedavg", "clients=2", "clients_per_round=2", "processes=2")
+    local = ("privacy=local", "optimizer.lr=1e-9")
+    given = (*given, UNIFORM, "evaluate_clients=none")
+    noisy = run(*given, *local, "rounds=1").theta
+    noise = noisy - run(*given, "rounds=0").theta
+    one = 2 * math.sqrt(2 * math.log(1.25 / 1e-5))
+    assert float(noise.std()) == pytest.approx(one / math.sqrt(2), rel=0.1)
+
+
 def test_local_noise_is_that_of_the_gaussian_mechanism() -> None:
     privacy = Local(clipping_norm=0.5, epsilon=0.8, delta=1e-5)
     for difference in (torch.zeros(40_000), torch.full((40_000,), 1e-4)):
