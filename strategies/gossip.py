@@ -93,6 +93,9 @@ class Gossip:
         """Take the weighted differences (len(rows), d) of some clients into what is carried."""
         carried["model"].x[rows] += change
 
+    def retire(self, carried: Carried, kept: Kept, k: int) -> None:
+        """Settle what is kept for a client before it leaves or crashes."""
+
     def audit(self, carried: Carried, kept: Kept) -> dict[str, float]:
         """Return relative gaps that are zero but for rounding, by name."""
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from strategies.faults import Mask
 from strategies.network import Network
 from strategies.pushsum import BLOCK, WIDTH, Flight, Matrix, State, hand_over
 from strategies.roster import Roster
-from strategies.topology import Floats
+from strategies.topology import Floats, Ints
 
 #: Largest relative gap in the sums that rounding explains.
 TOLERANCE = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-11}
@@ -51,11 +51,27 @@ def opened(
     return state
 
 
-def say_goodbye(network: Network, carried: Mapping[str, State], t: int) -> None:
-    """Take out those who crash or leave as round t begins."""
+def admit(
+    rows: Ints, weights: Floats, weigh: Callable[[Client], float], roster: Roster
+) -> None:
+    """Give those of some clients who joined later their weights, on the scale of the others."""
+    for k in rows[weights[rows] == 0].tolist():
+        first = int(np.flatnonzero(weights)[0])
+        scale = weights[first] / weigh(roster.client(first))
+        weights[k] = scale * weigh(roster.client(k))
+
+
+def say_goodbye(
+    network: Network,
+    carried: Mapping[str, State],
+    t: int,
+    retire: Callable[[int], None],
+) -> None:
+    """Take out those who crash or leave as round t begins; ``retire`` is called for each before."""
     crashed, left = network.faults.going(t)
     present = network.faults.present(t, network.n)
     for k in [*crashed, *left]:
+        retire(k)
         heir = network.heir(k, t, present) if k in left else None
         for state in carried.values():
             hand_over(state, k, heir)
@@ -146,26 +162,41 @@ def distance(state: State, mean: Floats) -> float:
     return float(np.sqrt(total / max(there.sum(), 1)) / max(norm, 1e-30))
 
 
-def saved(name: str, state: State) -> dict[str, Tensor]:
-    """Return a state's arrays as named tensors."""
-    arrays = {
-        "x": state.x,
-        "w": state.w,
-        "links": state.flight.links,
-        "flight_x": state.flight.x,
-        "flight_w": state.flight.w,
-        "lost_x": state.lost_x,
+def saved(
+    carried: Mapping[str, State], kept: Mapping[str, Matrix], weights: Floats
+) -> dict[str, Tensor]:
+    """Return the arrays of the whole network as named tensors."""
+    found = {"weights": weights} | {f"kept.{n}": m for n, m in kept.items()}
+    for name, state in carried.items():
+        arrays = {
+            "x": state.x,
+            "w": state.w,
+            "links": state.flight.links,
+            "flight_x": state.flight.x,
+            "flight_w": state.flight.w,
+            "lost_x": state.lost_x,
+        }
+        found |= {f"{name}.{n}": a for n, a in arrays.items()}
+    return {n: torch.from_numpy(a) for n, a in found.items()}
+
+
+def restored(
+    names: Sequence[str], tensors: Mapping[str, Tensor], lost: Mapping[str, float]
+) -> tuple[dict[str, State], dict[str, Matrix], Floats]:
+    """Return what is carried, by name, what is kept, and the weights, as they were saved.
+
+    ``lost`` is the weight lost of each that is carried. Empty arrays are not in a checkpoint.
+    """
+    arrays = {n: t.numpy() for n, t in tensors.items()}
+    carried = {}
+    for name in names:
+        state = carried[name] = State.of(arrays[f"{name}.x"])
+        state.w, state.lost_x = arrays[f"{name}.w"], arrays[f"{name}.lost_x"]
+        state.lost_w = lost[name]
+        if f"{name}.links" in arrays:
+            parts = (arrays[f"{name}.{n}"] for n in ("links", "flight_x", "flight_w"))
+            state.flight = Flight(*parts)
+    kept = {
+        n.removeprefix("kept."): a for n, a in arrays.items() if n.startswith("kept.")
     }
-    return {f"{name}.{n}": torch.from_numpy(a) for n, a in arrays.items()}
-
-
-def restored(name: str, tensors: Mapping[str, Tensor], lost_w: float) -> State:
-    """Return the state that was saved; empty arrays are not in a checkpoint."""
-    x, w = tensors[f"{name}.x"].numpy(), tensors[f"{name}.w"].numpy()
-    state = State.of(x)
-    state.w, state.lost_x = w, tensors[f"{name}.lost_x"].numpy()
-    state.lost_w = lost_w
-    if f"{name}.links" in tensors:
-        parts = (tensors[f"{name}.{n}"] for n in ("links", "flight_x", "flight_w"))
-        state.flight = Flight(*(part.numpy() for part in parts))
-    return state
+    return carried, kept, arrays["weights"]

@@ -9,8 +9,9 @@ sum_i y_i = sum_i g_i.
 Here eta g_i is the difference that local training makes, -(z_i' - z_i): the formula as it stands
 with one full-batch SGD step (eta is then the local learning rate, constant over the rounds), and
 the same rule for several steps or another optimizer. A client that has not trained in a round
-keeps its last g_i and does not step. Twice Push-Sum's bytes travel over a link: u and y, with one
-weight.
+keeps its last g_i and does not step. A client that leaves takes its g_i out of y_i and hands on the
+rest; of one that crashes y_i - g_i is lost, and the others settle that much off their minimizer.
+Twice Push-Sum's bytes travel over a link: u and y, with one weight.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ class PushDIGing(Gossip):
         tracker[rows] -= change + before[rows]
         before[rows] = -change
         carried["model"].x[rows] -= tracker[rows]
+
+    def retire(self, carried: Carried, kept: Kept, k: int) -> None:
+        """Take a client's g out of y, so that y follows those who stay."""
+        carried["tracker"].x[k] -= kept["gradient"][k]
+        kept["gradient"][k] = 0
 
     def audit(self, carried: Carried, kept: Kept) -> dict[str, float]:
         """Compare the sum of y, lost parts included, with the sum of g."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from logging import WARNING
 from typing import Any
 
@@ -33,10 +34,19 @@ from torch import Tensor
 
 from strategies.acceptance import Accepted, Round, add_bytes, replies_of
 from strategies.gossip import Carried, Gossip, Kept
-from strategies.ledger import audit, opened, restored, saved, say_goodbye, smallest
+from strategies.ledger import (
+    admit,
+    audit,
+    opened,
+    restored,
+    saved,
+    say_goodbye,
+    smallest,
+)
 from strategies.network import Network
 from strategies.pushsum import mix
 from strategies.roster import Roster, hypers_of, versions_of
+from strategies.topology import Floats
 from strategies.watch import Watch
 from strategies.wire import pack, weigh
 
@@ -114,7 +124,8 @@ class Relay(Strategy):
         t, again = server_round - 1, self.round.number == server_round
         self.round = Round(server_round)
         if not again:  # else too few have answered: what came before them has happened
-            say_goodbye(self.network, self.carried, t)
+            retire = partial(self.algorithm.retire, self.carried, self.kept)
+            say_goodbye(self.network, self.carried, t, retire)
             self.links = self.network.at(t)
             if self.algorithm.mixes_first:
                 self._mix(server_round)
@@ -219,6 +230,7 @@ class Relay(Strategy):
         """Take in a node's differences, each in its client's weight."""
         rows = np.array(reply.trained, dtype=np.int64)
         change = reply.up["delta"].view(len(rows), -1)
+        admit(rows, self.weights, self.algorithm.weight, self.roster)
         weight = torch.from_numpy(self.weights[rows]).to(change.dtype)
         change = self.algorithm.scaled(change * weight[:, None])
         self.algorithm.take(self.carried, self.kept, rows, change.numpy())
@@ -250,14 +262,18 @@ class Relay(Strategy):
         """Measure where the network stands after a round."""
         model = self.carried["model"]
         mean = model.mean()
-        whole = torch.from_numpy(mean).to(self.server["theta"].dtype)
-        split = len(self.server["theta"])
-        self.server, self.buffers = {"theta": whole[:split]}, whole[split:]
+        self._stand(mean)
         self._told = {
             **self.watch.told(self.links, model, mean, len(self.carried)),
             "mass": self.mass,
             **self.algorithm.audit(self.carried, self.kept),
         }
+
+    def _stand(self, mean: Floats) -> None:
+        """Take what all would agree on as the model that is told."""
+        whole = torch.from_numpy(mean).to(self.server["theta"].dtype)
+        split = len(self.server["theta"])
+        self.server, self.buffers = {"theta": whole[:split]}, whole[split:]
 
     def norms(self) -> dict[str, Any]:
         """Return what the record says of the network."""
@@ -287,10 +303,7 @@ class Relay(Strategy):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors and the JSON-able rest from which ``restore`` continues."""
-        tensors = {"weights": torch.from_numpy(self.weights)}
-        for name, carried in self.carried.items():
-            tensors |= saved(name, carried)
-        tensors |= {f"kept.{n}": torch.from_numpy(m) for n, m in self.kept.items()}
+        tensors = saved(self.carried, self.kept, self.weights)
         rest = {
             "ledger": {str(k): r for k, r in self.ledger.items()},
             "mean_samples": self.roster.mean_samples,
@@ -304,17 +317,10 @@ class Relay(Strategy):
 
     def restore(self, vectors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
         """Continue from what ``state`` returned."""
-        self.weights = vectors["weights"].numpy()
-        self.carried = {
-            name: restored(name, vectors, rest["lost"][name])
-            for name in self.algorithm.carries
-        }
-        self.kept = {
-            n.removeprefix("kept."): v.numpy()
-            for n, v in vectors.items()
-            if n.startswith("kept.")
-        }
+        names = self.algorithm.carries
+        self.carried, self.kept, self.weights = restored(names, vectors, rest["lost"])
         self.ledger = {int(k): r for k, r in rest["ledger"].items()}
         self.roster.mean_samples = rest["mean_samples"]
         self.key, self.since = rest["run"], rest["since"]
         self.watch.restore(int(rest["done"]), rest["window"])
+        self._stand(self.carried["model"].mean())

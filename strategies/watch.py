@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
+from strategies.faults import Mask
 from strategies.ledger import distance
 from strategies.network import Links, Network, Window, contraction, delivered
 from strategies.pushsum import State
@@ -28,12 +29,23 @@ class Watch:
     def __init__(self, network: Network, tau: int) -> None:
         self.network, self.tau = network, tau
         self.window = Window(network.n)
-        self._recent: deque[csr_array] = deque(maxlen=tau)
+        self._recent: deque[tuple[csr_array, Mask]] = deque(maxlen=tau)
 
     def see(self, links: Links, t: int) -> None:
         """Take in the links of round t, counted from 0."""
-        self._recent.append(delivered(links, self.network.faults.policy))
-        self.window.see(links, self.network.faults.present(t, self.network.n))
+        present = self.network.faults.present(t, self.network.n)
+        self._keep(links, present)
+        self.window.see(links, present)
+
+    def _keep(self, links: Links, present: Mask) -> None:
+        self._recent.append((delivered(links, self.network.faults.policy), present))
+
+    def _contraction(self) -> float:
+        """Return that of the links among those who were there in all of these rounds."""
+        there = np.logical_and.reduce([present for _, present in self._recent])
+        if there.all():
+            return contraction([P for P, _ in self._recent])
+        return contraction([csr_array(P[there][:, there]) for P, _ in self._recent])
 
     def told(
         self, links: Links, model: State, mean: Floats, quantities: int
@@ -46,7 +58,7 @@ class Watch:
         return {
             "consensus_distance": distance(model, mean),
             "min_weight": float(model.w[there].min()),
-            "contraction": contraction(list(self._recent)),
+            "contraction": self._contraction(),
             "window": self.window.longest,
             "links": arcs,
             "links_lost": int(links.lost.nnz),
@@ -60,9 +72,9 @@ class Watch:
 
     def restore(self, done: int, state: list[int | None]) -> None:
         """Continue after ``done`` rounds: P(t) is a pure function, so the last are seen again."""
-        policy, n = self.network.faults.policy, self.network.n
+        n = self.network.n
         for t in range(max(0, done - self.tau), done):
-            self._recent.append(delivered(self.network.at(t), policy))
+            self._keep(self.network.at(t), self.network.faults.present(t, n))
         for t in range(done - (state[1] or 0), done):
             present = self.network.faults.present(t, n)
             self.window.see(self.network.at(t), present)

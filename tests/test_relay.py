@@ -328,6 +328,27 @@ def test_crashes_lose_mass_leaving_hands_it_on_and_joining_begins_without(
     np.testing.assert_allclose(model.z([2, 3, 4, 5]), np.tile(model.mean(), (4, 1)))
 
 
+@pytest.mark.parametrize(
+    ("fault", "stay"), [("join={3:3}", range(4)), ("leave={3:40}", range(3))]
+)
+def test_tracking_reaches_the_minimizer_of_those_who_stay(
+    quadratics: Door, fault: str, stay: range
+) -> None:
+    """One who joins counts as the others do; one who has left pulls no more."""
+    kept: list[Any] = []
+    rounds = ("rounds=400", "optimizer.lr=0.1", "strategy.tau=3")
+    given = ("strategy=push_diging", "topology=complete", *rounds)
+    result = quadratics(*given, f"faults.{fault}", edit=held(kept))
+    mine = np.linalg.solve(
+        QUADRATICS_A[list(stay)].sum(0), QUADRATICS_B[list(stay)].sum(0)
+    )
+    models = kept[0].carried["model"].z(list(stay))
+    np.testing.assert_allclose(models, np.tile(mine, (len(models), 1)), atol=1e-9)
+    assert last(result)["tracking"] < 1e-9
+    # Of those who are there; one who is not would be as far from the others for ever.
+    assert last(result)["contraction"] < 1e-6
+
+
 def test_leaving_keeps_both_sums_and_a_crash_says_what_it_took() -> None:
     x = np.random.default_rng(0).standard_normal((6, 3))
     faults = Faults(loss=0.6, policy="running")
@@ -413,6 +434,17 @@ def test_a_resumed_run_equals_one_that_never_stopped(
         return [{k: v for k, v in r.items() if k not in free} for r in result.records]
 
     assert told(resumed) == told(straight)
+
+
+def test_resumed_after_its_last_round_it_tells_the_trained_model(
+    run: Door, tmp_path: Path
+) -> None:
+    given = [*ALL, "topology=exponential", "checkpoint_every=1", "rounds=2"]
+    whole = run(*given, "name=whole")
+    (whole.path / "summary.json").unlink()
+    (whole.path / "model.safetensors").unlink()
+    again = run(*given, f"resume={whole.path}")
+    assert torch.equal(again.theta, whole.theta)
 
 
 # Size and measure.
