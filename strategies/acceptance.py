@@ -124,7 +124,8 @@ def accept(
     trained, evaluated = ids(report, "trained"), ids(report, "evaluated")
     if sorted([*trained, *faults]) != asked[0]:
         raise Refused(f"answers for clients {sorted([*trained, *faults])}"[:300])
-    if evaluated != [k for k in asked[1] if k in set(evaluated)]:
+    scored = set(evaluated)
+    if evaluated != [k for k in asked[1] if k in scored]:
         raise Refused(f"evaluates clients {evaluated}"[:300])
     names = TRAINED if metrics is not None else set(TRAINED) - PRIVATE
     columns = {n: numbers(report, n, len(trained)) for n in names}

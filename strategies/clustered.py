@@ -55,7 +55,7 @@ class Clustered(FedAvg):
         """Choose the model of least mean loss."""
         choice = torch.zeros_like(losses[:, 0])
         choice[losses.mean(1).argmin()] = 1
-        return {"choice": choice}
+        return {**memory, "choice": choice}
 
     def origin(self, down: Mapping[str, Tensor], memory: Vectors) -> Tensor:
         """Return the model chosen, (d,)."""

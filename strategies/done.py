@@ -15,7 +15,8 @@ How it lives here: gradient and direction come from the same local solver, `Rich
 ``answer`` goes up. Its steps are along the gradient of the local quadratic model,
 H_k (theta_k - theta) + g, with theta_k = theta + d_k, so DONE is gradient descent on another local
 objective. The rounds of an iteration are told apart by their number; an odd round whose replies
-are all lost leaves g = 0 and the even round after it changes nothing.
+are all lost leaves g = 0 and the even round after it changes nothing. After an even round that was
+lost, g is still there: the clients then answer grad L_k + g, and the server takes g off again.
 
 A message carries 2d floats down and d up in both rounds, since nodes keep no model in between: 6d
 an iteration, where the paper's accounting has 4d. A Hessian product counts as two gradients. The
@@ -96,7 +97,7 @@ class Done(FedAvg):
     def direction(
         self, gradient: Tensor, theta: Tensor, anchor: Tensor, state: Vectors
     ) -> Tensor:
-        """Return H_k d_k + g; in an odd round grad L_k, as g is zero."""
+        """Return H_k d_k + g; in an odd round grad L_k + g."""
         return gradient + state["gradient"]
 
     def finish(
@@ -117,6 +118,6 @@ class Done(FedAvg):
         """Keep the gradient, or move along the direction."""
         theta = server["theta"]
         if asks_gradient(cohort.round_):
-            return {"theta": theta, "gradient": mean["answer"]}
+            return {"theta": theta, "gradient": mean["answer"] - server["gradient"]}
         theta = theta + self.server_lr * mean["answer"]
         return {"theta": theta, "gradient": torch.zeros_like(theta)}

@@ -153,7 +153,10 @@ def value_and_grad(
     *inputs: Tensor,
     dropped: Literal["error", "remove"] = "error",
 ) -> tuple[Tensor, tuple[Tensor, ...], Clients]:
-    """Return a program's value, its gradients by all inputs, and the clients in both.
+    """Return a program's value, its gradients by all inputs, and whom they were asked of.
+
+    A client that did not answer for the value is in neither; the clients returned are fewer than
+    those given if some were removed after it.
 
     Parameters
     ----------

@@ -53,7 +53,7 @@ class FedEM(FedAvg):
     def survey(self, memory: Vectors, losses: Tensor) -> Vectors:
         """Take the E step and the M step of pi."""
         q = (_log(memory["pi"])[:, None] - losses).softmax(0)
-        return {"pi": q.mean(1), "prior": memory["pi"]}
+        return {**memory, "pi": q.mean(1), "prior": memory["pi"]}
 
     def begin(
         self, down: Mapping[str, Tensor], memory: Vectors, client: Client

@@ -54,12 +54,15 @@ class FedOptHyper(FedOpt):
         Whether the clients' learning rate is tuned too; the local optimizer is then tuned_sgd.
     independent : bool
         Whether differences and gradients come from different clients.
+    seed : int
+        Of the coins that decide which.
     """
 
     hyper_lr: Annotated[float, Gt(0)] = 0.3
     normalized: bool = True
     client_lr: bool = False
     independent: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.client_lr and self.independent:
@@ -93,7 +96,7 @@ class FedOptHyper(FedOpt):
         """Toss the coin for who sends what."""
         if not self.independent:
             return {}
-        coin = address(0, "fedopt half", int(down["round"]), client.id) & 1
+        coin = address(self.seed, "fedopt half", int(down["round"]), client.id) & 1
         return {"steps": down["theta"].new_tensor(float(coin))}
 
     def witness(self, state: Vectors, gradient: Tensor, loss: Tensor) -> Vectors:
@@ -139,13 +142,15 @@ class FedOptHyper(FedOpt):
         after = dict(server)
         if self.independent:
             parts = mean["share"].clamp(min=1e-12)
-            # With nobody on one side, these are zero: there is no step, or no judgement.
+            # With nobody on one side, these are zero: there is no judgement, or no step (below).
             mean = mean | {
                 n: mean[n] / parts[i] for i, n in enumerate(("delta", "gradient"))
             }
             after["round"] = server["round"] + 1
         for name in self.tuned:
             after[name] = self._follow(name, server, mean["gradient"])
+        if self.independent and not mean["share"][0]:
+            return after
         theta, moments = self._model(after, mean["delta"])
         after |= {"theta": theta} | self.kept(moments)
         return after | self._derivatives(

@@ -66,7 +66,11 @@ class Surveying(Protocol):
         """Return the models to judge, (K, d)."""
 
     def survey(self, memory: Vectors, losses: Tensor) -> Vectors:
-        """Return the memory after the look: ``losses`` (K, n_k) of each model on each sample."""
+        """Return all of the memory after the look.
+
+        ``losses`` (K, n_k) are those of each model on each sample. What is not about them stays
+        as it is: the optimizer's vectors, say.
+        """
 
 
 @runtime_checkable

@@ -80,9 +80,10 @@ def _sums(federation: Federation, clients: list[int], exchange: Exchange) -> Vec
     away = [k for k in clients if k not in roster.hosts]
     if away:
         raise Refused(f"clients {away} are not there"[:300])
-    messages = []
+    messages, first = [], {}
     for node in sorted({roster.hosts[k] for k in clients}):
         mine = [k for k in clients if roster.hosts[k] == node]
+        first[node] = mine[0]
         order = {"clients": mine, "versions": [federation.ledger[k] for k in mine]}
         content = RecordDict({"order": ConfigRecord({**order, **federation.place()})})
         messages.append(Message(content, node, MEMORIES))
@@ -91,7 +92,8 @@ def _sums(federation: Federation, clients: list[int], exchange: Exchange) -> Vec
     sums = {n: torch.zeros(len(v), dtype=torch.float64) for n, v in fresh.items()}
     told: list[int] = []
     replies = exchange(messages)
-    for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
+    # By clients, not by the nodes' random ids: the sum has the same bits in every run.
+    for reply in sorted(replies, key=lambda r: first.get(r.metadata.src_node_id, -1)):
         if reply.has_error():
             raise Refused(reply.error.reason)
         report = reply.content.metric_records.get("report")

@@ -7,7 +7,8 @@
 
 c_k starts at zero, so c = mean over all m clients of c_k after every round. K eta is the total
 weight with which directions entered theta_k, so the formula holds with momentum too: c_k+ is then
-the weighted mean of the gradients seen on the way. Means are uniform, as in the paper. The message
+the weighted mean of the gradients seen on the way (and, where moments persist, of what is left of
+earlier rounds' directions). Means are uniform, as in the paper. The message
 carries 2d floats in each direction.
 """
 

@@ -58,6 +58,9 @@ def step(
     if trainer.phased is None:
         theta, moving = trainer.optimizer.step(theta, direction, moving, round_)
         return theta, (constant, moving)
+    # What does not move has no step: neither in theta nor in the optimizer's moments of it.
     mask, before = trainer.phased.moves(theta, constant["progress"]), theta.clone()
+    held = {n: v.clone() for n, v in moving.items() if v.shape == theta.shape}
     theta, moving = trainer.optimizer.step(theta, direction * mask, moving, round_)
+    moving = moving | {n: torch.where(mask, moving[n], v) for n, v in held.items()}
     return torch.where(mask, theta, before), (constant, moving)

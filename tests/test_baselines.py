@@ -39,6 +39,7 @@ from strategies.individual import Seen
 from strategies.local import Job, Local, Part, Trainer
 from strategies.objective import Objective
 from strategies.sgd import SGD
+from strategies.step import step
 
 EYE = torch.eye(2, dtype=torch.float64)
 EXACT = torch.linalg.solve(A, B[..., None])[..., 0]  # each client's own minimizer
@@ -199,6 +200,25 @@ def test_fedrep_moves_the_head_first_and_then_the_body() -> None:
         moved.append(theta)
     close(body, torch.stack(moved).mean(0)[:2], 1e-13)
     close(heads, torch.stack(moved)[:, 2], 1e-13)
+
+
+def test_what_fedrep_does_not_move_keeps_its_momentum() -> None:
+    """Weight decay alone would fill the body's velocity while the head moves."""
+    goal = Objective(Split(), "squared", {})
+    optimizer = SGD(lr=0.1, momentum=0.9, weight_decay=0.5)
+    algorithm = FedRep(head=1).tailored(goal.layout)
+    run = Trainer(algorithm, optimizer, Local(steps=4), goal, 0)
+    assert run.phased is not None
+    theta, moved = vector(1, 2, 3), {}
+    for progress, still in ((0.1, [0, 1]), (0.9, [2])):
+        moving = optimizer.init(theta, {})
+        constant = {"head": theta[2:], "progress": vector(progress)[0]}
+        after, (_, moved) = step(
+            run, theta.clone(), theta, (constant, moving), vector(1, 1, 1), 1
+        )
+        assert torch.equal(after[still], theta[still])
+        (velocity,) = (v for v in moved.values() if v.shape == theta.shape)
+        assert not velocity[still].any() and velocity.any()
 
 
 def test_averaged_heads_are_not_fedrep() -> None:
@@ -497,6 +517,18 @@ def ends(result: Result) -> dict[int, float]:
 def flat(result: Result, overrides: tuple[str, ...]) -> Tensor:
     goal = objective(load(overrides), setting(overrides).dataset)
     return torch.cat([result.model[name].flatten() for name in goal.layout.names])
+
+
+@pytest.mark.parametrize("strategy", ["fedem", "clustered"])
+def test_moments_persist_where_clients_look_at_their_samples_first(
+    run: Callable[..., Result], strategy: str
+) -> None:
+    given = (*SETTING, f"strategy={strategy}", "optimizer.momentum=0.9", "rounds=3")
+    given = (*given, "clients_per_round=6")
+    kept, fresh = (
+        run(*given, f"optimizer.moments={how}").theta for how in ("persist", "reset")
+    )
+    assert float((kept - fresh).norm()) > 1e-3
 
 
 def test_finetuned_models_are_what_training_from_the_servers_gives(

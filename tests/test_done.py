@@ -1,6 +1,6 @@
 """DONE: its direction in closed form, the minimizer that it reaches, and lost rounds."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -78,14 +78,18 @@ def test_one_client_takes_newtons_step() -> None:
 
 
 class Losing(LocalGrid):
-    """A grid that loses all replies of round 3."""
+    """A grid that loses all replies of a round."""
+
+    def __init__(self, overrides: Sequence[str], lost: int) -> None:
+        super().__init__(to_run_config(overrides), 1)
+        self.lost = str(lost)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         sent = list(messages)
         replies = list(super().send_and_receive(sent, timeout=timeout))
-        return [] if sent[0].metadata.group_id == "3" else replies
+        return [] if sent[0].metadata.group_id == self.lost else replies
 
 
 def test_a_lost_gradient_moves_nothing(run: Callable[..., Any]) -> None:
@@ -95,13 +99,22 @@ def test_a_lost_gradient_moves_nothing(run: Callable[..., Any]) -> None:
         *TASK,
         *steps,
         "rounds=6",
-        grid=lambda o: Losing(to_run_config(o), 1),
+        grid=lambda o: Losing(o, 3),
         quick=(),
     )
     norms = [r["strategy"]["theta_norm"] for r in lost.records[1:]]
     assert norms[1] == norms[2] == norms[3] == norms[4] != norms[5]
     whole = run(*TASK, *steps, "rounds=4", quick=())
     close(lost.theta, whole.theta, 1e-15)
+
+
+def test_a_lost_direction_leaves_nothing_to_be_added_twice(
+    run: Callable[..., Any],
+) -> None:
+    steps = ("local.steps=3", "optimizer.lr=0.2")
+    lost = run(*TASK, *steps, "rounds=6", grid=lambda o: Losing(o, 2), quick=())
+    whole = run(*TASK, *steps, "rounds=4", quick=())
+    close(lost.theta, whole.theta, 1e-14)
 
 
 def test_other_optimizers_are_refused(run: Callable[..., Any]) -> None:

@@ -201,6 +201,33 @@ def test_an_independent_cohort_splits_the_round() -> None:
     close(federation.server["theta"], mine, 1e-13)
 
 
+def test_an_independent_cohorts_coins_depend_on_the_seed() -> None:
+    down = {"theta": vector(0, 0), "round": vector(1)}
+
+    def steps(seed: int) -> list[float]:
+        tossing = FedOptHyper(independent=True, seed=seed)
+        tossed = (tossing.begin(down, {}, Client(k, 1, 1.0)) for k in range(64))
+        return [float(t["steps"]) for t in tossed]
+
+    assert steps(0) == steps(0) != steps(1)
+    assert load(["strategy=fedopt_hyper", "seed=7"]).strategy.options["seed"] == 7
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_nobody_who_steps_means_no_step(optimizer: str) -> None:
+    algorithm = FedOptHyper(
+        independent=True, optimizer=optimizer, momentum=0.9, server_lr=0.1
+    )
+    both = {"delta": vector(1, 2), "gradient": vector(-1, 1), "share": vector(0.5, 0.5)}
+    server = algorithm.update(algorithm.start(vector(0, 0)), both, Cohort(4, 4, 0))
+    none = {"delta": vector(0, 0), "gradient": vector(-2, 2), "share": vector(0, 1)}
+    after = algorithm.update(server, none, Cohort(4, 4, 0))
+    same = server.keys() - {"round", *algorithm.tuned}
+    assert all(torch.equal(after[name], server[name]) for name in same)
+    assert not torch.equal(after["server_lr"], server["server_lr"])  # it is judged
+    assert float(after["round"]) == float(server["round"]) + 1
+
+
 # The clients' learning rate.
 
 
