@@ -1,6 +1,7 @@
 """One's own arrays as a data set: a NumPy ``.npz`` file."""
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Annotated
 
@@ -108,7 +109,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
                     f"{path} is one array (.npy): save x and y by np.savez."
                 )
             return {name: loaded[name] for name in loaded.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"{path} is not a readable .npz of plain arrays: {error}"
         ) from error

@@ -35,8 +35,10 @@ def make_model(model: Model, dataset: Dataset, seed: int) -> nn.Module:
     Raises
     ------
     UserError
-        If the model does not fit the samples.
+        If the model does not fit the samples, or these are all of one class.
     """
+    if dataset.classes == 1:
+        raise UserError("data: all samples are of one class; nothing is to be learned")
     shape = tuple(dataset.train.x.shape[1:])
     outputs = dataset.classes or 1
     with torch.random.fork_rng(devices=[]):

@@ -6,6 +6,7 @@ so a resumed run shows them its past records and they stand where they stood.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ class Patience:
         The smallest change that is an improvement.
     """
 
-    reason = "patience"
+    reason = "stopped"
 
     def __init__(self, evaluations: int, least: float = 0.0) -> None:
         self.evaluations = evaluations
@@ -55,9 +56,11 @@ class Patience:
 
     def __call__(self, record: Record) -> tuple[bool, dict[str, float]]:
         """Look at one round; rounds without an evaluation do not count."""
-        value = record.get("accuracy", -record["loss"] if "loss" in record else None)
-        if value is None:
+        if "loss" not in record:
             return False, {}
+        # A loss that was not finite is read back as None; it improves nothing.
+        loss = math.inf if record["loss"] is None else record["loss"]
+        value = record.get("accuracy", -loss)
         self.waited += 1
         if value > self.best + self.least:
             self.best, self.waited = value, 0

@@ -134,13 +134,16 @@ def device_of(name: str) -> torch.device:
     Raises
     ------
     UserError
-        If a GPU is asked for and there is none.
+        If a GPU is asked for that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name != "cpu" and not torch.cuda.is_available():
         raise UserError(f"device={name}: no GPU is visible; use device=cpu")
-    return torch.device(name)
+    found = torch.device(name)
+    if (found.index or 0) >= max(torch.cuda.device_count(), 1):
+        raise UserError(f"device={name}: there are {torch.cuda.device_count()} GPUs")
+    return found
 
 
 def load(overrides: Sequence[str]) -> Config:
@@ -214,6 +217,7 @@ def _check(config: Config) -> None:
         )
     if config.program is not None:
         known(config.program)
+    _check_alone(config)
     _check_optimizer(config)
     check_network(config)
     bind("privacy", config.privacy)
@@ -223,6 +227,24 @@ def _check(config: Config) -> None:
     bind("partition", config.partition, ("labels", "natural", "clients", "seed"))
     bind("shift", config.shift)
     bind("model", config.model, ("input_shape", "outputs", "vocabulary"))
+
+
+def _check_alone(config: Config) -> None:
+    """Raise UserError if what has no rounds is given what only rounds know."""
+    what = f"program={config.program}"
+    if config.program is None:
+        what = f"estimate={config.estimate.name}"
+        if config.estimate.name == "none":
+            return
+    if config.privacy.name != "none":
+        raise UserError(
+            f"privacy={config.privacy.name}: {what} sends what clients compute as it is; "
+            "use privacy=none"
+        )
+    stop = config.stop
+    if config.resume or stop.accuracy is not None or stop.patience is not None:
+        unknown = f"resume={config.resume}" if config.resume else "stop"
+        raise UserError(f"{unknown}: {what} has no rounds of training; leave it out")
 
 
 def _check_optimizer(config: Config) -> None:

@@ -95,10 +95,14 @@ def server(folder: Path, hosts: Sequence[str], days: int = DAYS) -> tuple[Path, 
     Raises
     ------
     UserError
-        If no host is named.
+        If no host is named, or the authority's key is elsewhere.
     """
     if not hosts or not all(hosts):
         raise UserError("hosts: name every address by which the SuperLink is reached")
+    if not (folder / "ca.key").exists():
+        raise UserError(
+            f"{folder}/ca.key: the authority's key is needed to sign; bring it"
+        )
     issuer = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
     signer = load_pem_private_key((folder / "ca.key").read_bytes(), None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
@@ -115,9 +119,13 @@ def server(folder: Path, hosts: Sequence[str], days: int = DAYS) -> tuple[Path, 
         .add_extension(identifier, critical=False)
         .sign(signer, hashes.SHA384())
     )
-    _private(folder / "server.key", _pem(key))
-    (folder / "server.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
-    return folder / "server.pem", folder / "server.key"
+    made = folder / "server.pem", folder / "server.key"
+    new = [file.with_suffix(f"{file.suffix}.new") for file in made]
+    new[0].write_bytes(certificate.public_bytes(Encoding.PEM))
+    _private(new[1], _pem(key))
+    for written, file in zip(new, made, strict=True):  # an old pair serves until then
+        written.replace(file)
+    return made
 
 
 def node_key(file: Path) -> Path:

@@ -35,7 +35,10 @@ from app.run import Say
 MEMORY = "--memory"
 
 #: What a deployment without settings runs.
-DEFAULTS = ("deployment=shared_data", "nodes=3", "rounds=5", "evaluate_clients=cohort")
+DEFAULTS = (
+    *("deployment=shared_data", "nodes=3", "rounds=5"),
+    *("client_test=0.2", "evaluate_clients=cohort"),
+)
 
 
 def settings(given: Sequence[str]) -> list[str]:
@@ -53,6 +56,17 @@ def hosting(config: Config) -> list[list[int]]:
     """Return the clients of each node: node i has those whose id leaves the remainder i."""
     total = config.clients + config.holdout_clients
     return [list(range(i, total, config.nodes)) for i in range(config.nodes)]
+
+
+def apart(config: Config) -> bool:
+    """Return whether a client's samples, given to its node as a file, are what they were.
+
+    Not if it sees them in a way of its own, if it would choose its validation samples anew, if it
+    has no test samples, or if they are not numbers; the nodes then cut the shared data themselves.
+    """
+    if config.shift.name != "none" or config.client_validation:
+        return False
+    return bool(config.client_test) and config.data.name != "text"
 
 
 def own_data(file: Path, part: Samples) -> Path:
@@ -75,7 +89,7 @@ def build(deployment: Deployment, overrides: Sequence[str], say: Say) -> dict[st
         node: dict[str, Any] = {"clients": ",".join(map(str, clients))}
         home = deployment.folder / name
         home.mkdir()
-        if len(clients) == 1 and data.parts:
+        if len(clients) == 1 and data.parts and apart(config):
             file = own_data(home / "data.npz", data.samples(clients[0]))
             node["data-path"] = str(file)
         names[deployment.add_node(name, node)] = name
@@ -126,7 +140,7 @@ def deploy(given: Sequence[str], say: Say = print, memory: bool = False) -> Path
     Returns
     -------
     Path
-        The run's directory.
+        The run's directory; of a program, which has none, the deployment's.
 
     Raises
     ------
@@ -147,11 +161,12 @@ def deploy(given: Sequence[str], say: Say = print, memory: bool = False) -> Path
         say(status(deployment, names, config, None))
         with peaks if memory else contextlib.nullcontext():
             run_flower(job, say, LINK, deployment.environment())
-        (run,) = (deployment.folder / "runs").iterdir()
-        say(status(deployment, names, config, run))
+        # A program has no run directory.
+        run = next((deployment.folder / "runs").glob("*/clients.csv"), None)
+        say(status(deployment, names, config, run and run.parent))
         if memory:
             say(str(peaks))
-        return run
+        return run.parent if run else deployment.folder
     finally:
         deployment.stop()
         say("deployment ended")

@@ -170,7 +170,7 @@ class Deployment:
         config = " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
         port = home / "port"
         if not port.exists():
-            port.write_text(self._ports.pop())
+            port.write_text(self._ports.pop() if self._ports else free_ports(1)[0])
         trust = options or ("--root-certificates", str(self.certificates / "ca.crt"))
         command = ["flower-supernode", "--superlink", self.address, *trust]
         command += ["--auth-supernode-private-key", str(home / "key")]

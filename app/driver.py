@@ -1,12 +1,15 @@
-"""Which Flower strategy drives a run: a federation with a server, or the relay of a network."""
+"""Which Flower strategy drives a run (a federation with a server, or the relay), and its memory."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from flwr.serverapp import Grid
+
 from app.binding import bind
 from app.config import Config
 from app.errors import UserError
+from app.local_grid import LocalGrid
 from strategies.federation import Federation
 from strategies.gossip import Gossip
 from strategies.individual import Rooted
@@ -103,3 +106,14 @@ def _connects(network: Network, rounds: int) -> bool:
         if watch.longest is not None:
             return True
     return not sent
+
+
+def keeps_files(config: Config, grid: Grid) -> bool:
+    """Return whether clients' memories go to files, in a run's directory.
+
+    A checkpoint without them is worth nothing; and Flower's simulation hands a node's whole
+    context to and fro with each message, the memories of clients that rest included.
+    """
+    if config.client_memory == "auto":
+        return config.checkpoint_every > 0 or not isinstance(grid, LocalGrid)
+    return config.client_memory == "directory"

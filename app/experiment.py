@@ -9,6 +9,7 @@ better), so that Hydra's optimizers work.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -45,6 +46,9 @@ from app.local_grid import LocalGrid
 from app.run import Run, Say
 from strategies.hypergrad import HGP
 from strategies.influence import Influence
+
+#: Settings of data and network that name files or folders.
+PATHS = ("root", "path", "cache")
 
 
 def run_local(
@@ -83,10 +87,23 @@ def processes(config: Config) -> int:
 
 
 def argument(overrides: Sequence[str]) -> str:
-    """Return settings as the value of `flwr run --run-config`, with an absolute output_dir."""
-    folder = Path(load(overrides).output_dir).expanduser().resolve()
-    where = f"output_dir={quote(str(folder))}"
-    text = to_run_config([*overrides, where])["overrides"]
+    """Return settings as the value of `flwr run --run-config`, with absolute paths.
+
+    Flower's processes work in other folders than this one.
+    """
+    config = load(overrides)
+    named = {"output_dir": config.output_dir, "resume": config.resume}
+    for kind in ("data", "topology"):
+        options = getattr(config, kind).options
+        named |= {f"{kind}.{k}": options[k] for k in PATHS if k in options}
+    if config.resume == "auto":
+        del named["resume"]
+    where = [
+        f"{key}={quote(str(Path(path).expanduser().resolve()))}"
+        for key, path in named.items()
+        if path
+    ]
+    text = to_run_config([*overrides, *where])["overrides"]
     # Flower ends a value at the next quote mark, escaped or not, so none is written.
     quoted = "".join(
         c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in text
@@ -203,7 +220,7 @@ def objective_of(summary: dict[str, Any]) -> float:
     """Return what a search should maximize."""
     if summary["accuracy"] is not None:
         return float(summary["accuracy"])
-    return -float(summary["loss"])
+    return math.nan if summary["loss"] is None else -float(summary["loss"])
 
 
 def check_sweep(arguments: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import os
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated
@@ -219,7 +220,10 @@ def _read_cache(path: Path, fingerprint: str) -> dict[str, np.ndarray] | None:
             if str(stored["fingerprint"]) != fingerprint:
                 return None
             return {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (
+        *(ValueError, OSError, EOFError, KeyError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise UserError(
             f"data.cache={path} is not a cache of pictures; delete it or name another "
             "file."

@@ -79,9 +79,9 @@ def spent(run: Run, until: int | None) -> dict[str, float] | None:
 
 
 def _sent(run: Run, side: str) -> int:
-    """Return the bytes of model and state in one direction."""
+    """Return the bytes of vectors in one direction: all but the metrics."""
     sent = [lookup(record, f"bytes/{side}") or {} for record in run.rounds]
-    return int(sum(s.get("model", 0) + s.get("state", 0) for s in sent))
+    return int(sum(n for s in sent for kind, n in s.items() if kind != "metrics"))
 
 
 def minimizer() -> np.ndarray:

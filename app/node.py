@@ -6,7 +6,6 @@ A client that fails is named in the report and left out of the node's mean.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from logging import WARNING
 from pathlib import Path
@@ -71,11 +70,9 @@ class Node:
         on this machine (a simulation); else in Flower's context.
         """
         if "state-dir" in self.node:
-            run = str(order["run"])
-            if not re.fullmatch(r"[0-9a-f]{16}", run):
-                raise ValueError(f"{run[:40]!r} is no name of a run")
             own = Path(str(self.node["state-dir"])).expanduser()
-            return DirectoryStore(directory_of(own, run), synced=True)
+            place = directory_of(own, str(order["run"]))
+            return DirectoryStore(place, synced=True)
         path = Path(str(order.get("state_dir", "")))
         if path.is_absolute() and path.parent.is_dir():
             return DirectoryStore(path)

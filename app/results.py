@@ -186,8 +186,7 @@ def cells(
     ends = ["final"] if metric == DISTANCE or "chosen" in metric else ["final", "best"]
     head += [f"{end} {metric}" for end in ends]
     # No seconds of whole runs: they share the machine with whatever else it does.
-    first = next(iter(next(iter(table.values())).values()))
-    also = list(first.get("also", {}))
+    also = list(every[0].get("also", {})) if every else []
     lines = [[*head, *(f"final {name}" for name in also), "MB sent", "gradients"]]
     form = ".4f" if metric == "accuracy" else ".3g"
     for name, seeds in table.items():
@@ -252,7 +251,7 @@ def body(result: Mapping[str, Any], figure: str) -> str:
     notes = "".join(f"\n{line}\n" for line in models(table, targets))
     verdict = judge(Rule(**result["rule"]), table, result["seeds"], metric)
     focus = result["rule"].get("target")
-    if result.get("baseline"):
+    if result.get("baseline") in table:
         notes += f"\n{markdown(costs(table, result['baseline']))}"
     more = "".join(
         f"![{result['study']}: {name}]({further(Path(figure), name).as_posix()})\n\n"

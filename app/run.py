@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -18,12 +19,11 @@ from app import checkpoint, network_plots
 from app.by_class import label_counts
 from app.callbacks import Callback, stops
 from app.config import load
-from app.driver import strategy
+from app.driver import keeps_files, strategy
 from app.errors import UserError
 from app.exchange import exchange
 from app.host import Setting, objective, setting, trainer
 from app.joining import wait_for_clients
-from app.local_grid import LocalGrid
 from app.outer import outer
 from app.records import read_rounds
 from app.resume import describe, find_unfinished
@@ -93,17 +93,6 @@ class Run:
         self.first = 1
         self.directory = self._resume() if self.config.resume else self._create()
 
-    def _keeps_files(self, grid: Grid) -> bool:
-        """Whether clients' memories go to files.
-
-        A checkpoint without them is worth nothing; and Flower's simulation hands a node's whole
-        context to and fro with each message, the memories of clients that rest included.
-        """
-        config = self.config
-        if config.client_memory == "auto":
-            return config.checkpoint_every > 0 or not isinstance(grid, LocalGrid)
-        return config.client_memory == "directory"
-
     # Where it is written.
 
     def _create(self) -> RunDir:
@@ -160,8 +149,13 @@ class Run:
         UserError
             If the clients do not join in time.
         """
+        # Also of a run that fails, TensorBoard's log is written out.
+        with contextlib.closing(self.directory):
+            return self._all(grid)
+
+    def _all(self, grid: Grid) -> dict[str, Any]:
         config, began = self.config, time.perf_counter()
-        if self._keeps_files(grid):
+        if keeps_files(config, grid):
             self.federation.state_dir = str(self.directory.path / "clients")
         self.say(f"run directory: {self.directory.path}")
         wait_for_clients(grid, self.federation.roster, config, self.say)
@@ -308,6 +302,7 @@ class Run:
             rest |= {"outer": self.outer.state()} if self.outer else {}
             folder = self.directory.path / "checkpoints"
             keep = self.config.checkpoint_keep
+            self.directory.sync()
             self.federation.keep = checkpoint.save(folder, round_, vectors, rest, keep)
         elif not every:
             self.federation.keep = round_

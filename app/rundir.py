@@ -8,6 +8,7 @@ line it was writing. ``summary.json`` comes last: a run that has it has finished
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,6 +187,12 @@ class RunDir:
         )
         with open(self.path / CLIENTS, "a", encoding="utf-8") as file:
             file.write(text.getvalue())
+
+    def sync(self) -> None:
+        """See the logs onto the disk: a checkpoint must not be ahead of them."""
+        for name in (ROUNDS, CLIENTS):
+            with open(self.path / name, "rb") as file:
+                os.fsync(file.fileno())
 
     def finish(
         self, summary: Mapping[str, Any], tensors: Mapping[str, "torch.Tensor"]

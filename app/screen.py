@@ -26,7 +26,7 @@ def screen(summary: Mapping[str, Any], path: Path) -> str:
             best, at = number("best_accuracy", ".4f"), summary.get("best_round")
             text += f"; best {best} in round {at}"
         lines.append(("accuracy", text))
-    if "loss" in summary:
+    if summary.get("loss") is not None or model:
         lines.append(("loss", number("loss") + ("" if scored else of)))
     lines += _clients(summary.get("clients") or {})
     for target, at in (summary.get("rounds_to") or {}).items():

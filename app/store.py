@@ -10,6 +10,7 @@ named and drop the others.
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Protocol
@@ -20,8 +21,8 @@ from app import durable
 from strategies.algorithm import Vectors
 from strategies.wire import Refused, pack, unpack
 
-#: Runs whose memories a node keeps in its ``state-dir``.
-RUNS = 3
+#: Runs whose memories a node keeps in its ``state-dir``, and what their names look like.
+RUNS, KEY = 3, re.compile(r"[0-9a-f]{16}")
 
 
 class Lost(Exception):
@@ -147,11 +148,20 @@ def directory_of(state_dir: Path, run: str) -> Path:
     """Return the folder of one run below a node's ``state-dir``, and forget old runs.
 
     The memories of the last `RUNS` runs are kept, so that a run may be resumed after another.
+    Whatever else is in the folder is not touched.
+
+    Raises
+    ------
+    ValueError
+        If that is no name of a run.
     """
+    if not KEY.fullmatch(run):
+        raise ValueError(f"{run[:40]!r} is no name of a run")
     mine = state_dir / run
     if not mine.exists():
         mine.mkdir(parents=True)
-        others = [p for p in state_dir.iterdir() if p.is_dir() and p != mine]
+        runs = (p for p in state_dir.iterdir() if KEY.fullmatch(p.name))
+        others = [p for p in runs if p.is_dir() and p != mine]
         for old in sorted(others, key=lambda p: p.stat().st_mtime)[: 1 - RUNS or None]:
             shutil.rmtree(old, ignore_errors=True)
     return mine

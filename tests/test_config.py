@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tomllib
@@ -208,6 +209,10 @@ def door(
         (["estimate=hypergrad", *LOGISTIC], ["data=digits", "two classes"]),
         ([*ESTIMATE, "partition=size", "data.clients=5"], ["as many samples"]),
         ([*ESTIMATE, "data.samples=4"], ["no minimizer", "data.samples"]),
+        # What has no rounds, and settings that are about rounds.
+        (["program=two_rounds", "privacy=local"], ["privacy=local", "as it is"]),
+        (["program=two_rounds", "resume=auto"], ["resume=auto", "no rounds"]),
+        ([*ESTIMATE, "stop.patience=3"], ["stop: estimate=hypergrad", "leave it out"]),
         # A value that cannot be.
         (["strategy.alpha=0"], ["strategy.alpha=0", "greater than 0"]),
         (["strategy.alpha=-1"], ["strategy.alpha=-1", "greater than 0"]),
@@ -316,6 +321,39 @@ def test_no_gpu(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "use device=cpu" in door("device=cuda")
 
 
+def test_a_gpu_beyond_the_last(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert "there are 2 GPUs" in door("device=cuda:2")
+
+
+def test_data_of_one_class(door: Door, tmp_path: Path) -> None:
+    one = tmp_path / "one.npz"
+    np.savez(one, x=np.zeros((40, 3), dtype=np.float32), y=np.zeros(40, dtype=int))
+    line = door(
+        *("data=npz", f"data.path={one}", "partition=iid"),
+        *("clients=4", "clients_per_round=4"),
+    )
+    assert "all samples are of one class" in line
+
+
+def test_flower_is_given_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes work in other folders than the one where a person names a file."""
+    monkeypatch.chdir(tmp_path)
+    given = ["data=npz", "data.path=my data.npz", "resume=runs/x", "output_dir=out"]
+    network = ["strategy=pushsum", "topology=file", "topology.path=net.txt"]
+    found = tomllib.loads(experiment.argument([*given, *network]))
+    config = load(from_run_config(found))
+    assert config.data.options["path"] == f"{tmp_path}/my data.npz"
+    assert config.topology.options["path"] == f"{tmp_path}/net.txt"
+    assert config.resume == f"{tmp_path}/runs/x"
+    assert config.output_dir == f"{tmp_path}/out"
+    found = tomllib.loads(experiment.argument(["resume=auto"]))
+    assert load(from_run_config(found)).resume == "auto"
+
+
 def test_an_output_dir_that_is_a_file(door: Door, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     assert "taken" in door("output_dir=taken")
@@ -369,6 +407,7 @@ def test_the_objective_of_a_search(run: Callable[..., Result]) -> None:
     summary = run("rounds=1").summary
     assert experiment.objective_of(summary) == summary["accuracy"]
     assert experiment.objective_of({"accuracy": None, "loss": 2.0}) == -2.0
+    assert math.isnan(experiment.objective_of({"accuracy": None, "loss": None}))
 
 
 def test_a_mistake_in_a_sweep_has_no_traceback(tmp_path: Path) -> None:

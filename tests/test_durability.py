@@ -106,6 +106,16 @@ def test_a_node_keeps_the_memories_of_the_last_runs(tmp_path: Path) -> None:
     assert (tmp_path / f"{4:016x}").exists()
 
 
+def test_a_node_touches_nothing_else_in_its_state_dir(tmp_path: Path) -> None:
+    for i in range(9):
+        (tmp_path / f"mine-{i}").mkdir()
+    for i in range(5):
+        directory_of(tmp_path, f"{i:016x}")
+    assert len(list(tmp_path.glob("mine-*"))) == 9
+    with pytest.raises(ValueError, match="no name of a run"):
+        directory_of(tmp_path, "../elsewhere")
+
+
 # A memory that is lost.
 
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import QUICK, Result, grid_of
 
+from app.callbacks import Patience
 from app.config import load
 from app.errors import UserError
 from app.experiment import run_local
@@ -344,10 +345,18 @@ def test_a_target_ends_the_run(run: Door) -> None:
 
 def test_patience_ends_the_run(run: Door) -> None:
     result = run("rounds=50", "stop.patience=2", "stop.least=0.9")
-    assert result.summary["status"] == "patience"
+    assert result.summary["status"] == "stopped"
     # The first is a gain over nothing; two more are not.
     assert result.summary["rounds"] == 3
     assert result.records[3]["callbacks"] == {"evaluations_without_gain": 2}
+
+
+def test_patience_reads_a_loss_that_was_not_finite() -> None:
+    """As it is read back from a run that is resumed."""
+    waiting = Patience(3)
+    told = [waiting({"loss": loss})[0] for loss in (None, 2.0, None, float("nan"), 2.0)]
+    assert told == [False, False, False, False, True]
+    assert waiting({"round": 7}) == (False, {})
 
 
 def test_patience_counts_evaluations_only(run: Door) -> None:
