@@ -28,7 +28,7 @@ from app.outer import outer
 from app.records import read_rounds
 from app.resume import describe, find_unfinished
 from app.rounds import Rounds
-from app.rundir import RunDir
+from app.rundir import RunDir, claim
 from app.summary import chosen, clients_block, line, summarize, training_block
 from strategies import individual
 from strategies.engine import unfit
@@ -115,6 +115,23 @@ class Run:
 
     def _resume(self) -> RunDir:
         path = find_unfinished(self.config)
+        lock = claim(
+            path
+        )  # before the checkpoint is read: nobody may write a later one
+        try:
+            round_ = self._restore(path)
+            directory = RunDir.reopen(path, round_, lock)
+        except BaseException:
+            lock.close()
+            raise
+        self.first, self.records = round_ + 1, read_rounds(path)
+        for record in self.records:
+            for callback in self.callbacks:
+                callback(record)
+        return directory
+
+    def _restore(self, path: Path) -> int:
+        """Stand where the newest checkpoint was written, and return its round."""
         found = checkpoint.newest(path / "checkpoints")
         if found is None:
             raise UserError(
@@ -126,13 +143,7 @@ class Run:
         if self.outer:
             self.outer.restore(rest["outer"])
         self.federation.keep = checkpoint.oldest(path / "checkpoints")
-        self.first = round_ + 1
-        directory = RunDir.reopen(path, round_)
-        self.records = read_rounds(path)
-        for record in self.records:
-            for callback in self.callbacks:
-                callback(record)
-        return directory
+        return round_
 
     # The rounds.
 

@@ -11,13 +11,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
 from app import label_plots, plots
+from app.alone import hold
 from app.environment import environment
 from app.errors import UserError
 from app.records import (
@@ -58,7 +59,7 @@ COLUMNS = (
 
 
 class RunDir:
-    """The directory of one run, open for writing.
+    """The directory of one run, open for writing by one process.
 
     Made by `create` or `reopen`, and closed by `finish`, or by `close` if the run ends
     otherwise.
@@ -69,9 +70,12 @@ class RunDir:
         The directory.
     """
 
-    def __init__(self, path: Path, writer: "SummaryWriter") -> None:
+    def __init__(
+        self, path: Path, writer: "SummaryWriter", lock: IO[bytes] | None = None
+    ) -> None:
         self.path = path
         self._writer = writer
+        self._lock = lock or claim(path)
 
     @classmethod
     def create(cls, base: Path, name: str, config: dict[str, Any]) -> "RunDir":
@@ -107,7 +111,9 @@ class RunDir:
         return cls(path, _tensorboard(path))
 
     @classmethod
-    def reopen(cls, path: Path, last_round: int) -> "RunDir":
+    def reopen(
+        cls, path: Path, last_round: int, lock: IO[bytes] | None = None
+    ) -> "RunDir":
         """Open the directory of a run that goes on after a round.
 
         What the logs hold of later rounds is cut off, since those rounds are run again,
@@ -119,19 +125,22 @@ class RunDir:
             The run directory.
         last_round : int
             The last round to keep, usually that of the checkpoint.
+        lock : file, optional
+            What `claim` returned, if the run has been claimed before something of it was read.
 
         Raises
         ------
         UserError
-            If this is no run directory.
+            If this is no run directory, or another process is at it.
         """
         path = Path(path)
+        lock = lock or claim(path)
         kept = [r for r in read_rounds(path) if r["round"] <= last_round]
         (path / SUMMARY).unlink(missing_ok=True)
         write_atomic(path / ROUNDS, "".join(_line(record) for record in kept))
         rows = [",".join(COLUMNS), *_client_rows(path / CLIENTS, last_round)]
         write_atomic(path / CLIENTS, "\n".join(rows) + "\n")
-        return cls(path, _tensorboard(path, purge_step=last_round + 1))
+        return cls(path, _tensorboard(path, purge_step=last_round + 1), lock)
 
     def labels(self, counts: NDArray[Any], names: Sequence[str]) -> None:
         """Write how the labels are spread: ``labels.csv`` and ``labels.png``.
@@ -228,6 +237,21 @@ class RunDir:
     def close(self) -> None:
         """Write out what TensorBoard still holds back; may be called twice."""
         self._writer.close()
+        self._lock.close()
+
+
+def claim(path: Path) -> IO[bytes]:
+    """Take a run for this process, until the file that is returned is closed.
+
+    Raises
+    ------
+    UserError
+        If this is no run directory, or another process is at it: a resumed run may still go on
+        elsewhere, as after a SuperLink has started it again by itself.
+    """
+    if not (path / CONFIG).exists():
+        raise UserError(f"{path}: no run directory (no {CONFIG} there).")
+    return hold(path / CONFIG, f"{path}: another process is at this run; let it go on.")
 
 
 def _claim(base: Path, name: str) -> Path:

@@ -10,7 +10,6 @@ finished is not run again, so a study that was interrupted goes on where it stop
 """
 
 import argparse
-import fcntl
 import json
 import shutil
 import sys
@@ -23,6 +22,7 @@ import yaml
 from rich.console import Console
 
 from app import results
+from app.alone import hold
 from app.config import load
 from app.errors import UserError
 from app.plan import Job, Plan, plan, read, settings, studies
@@ -75,11 +75,7 @@ def _alone(folder: Path) -> Iterator[None]:
         (folder / ".lock").touch()
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}.") from error
-    with open(folder / ".lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: the study is being run there.") from None
+    with hold(folder / ".lock", f"{folder}: the study is being run there."):
         yield
 
 

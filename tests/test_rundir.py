@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -154,8 +156,27 @@ def test_reopening_cuts_what_is_run_again(make):
 
 
 def test_reopening_what_is_no_run(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no run directory"):
         RunDir.reopen(tmp_path / "none", 1)
+
+
+def test_one_process_is_at_a_run(make):
+    run = make()
+    run.round(record(0))
+    code = (
+        "import sys; from pathlib import Path; from app.rundir import RunDir; "
+        "RunDir.reopen(Path(sys.argv[1]), 0).close(); print('reopened')"
+    )
+
+    def other() -> str:
+        command = [sys.executable, "-c", code, str(run.path)]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        return ended.stdout + ended.stderr
+
+    assert "another process is at this run" in other()
+    assert len(read_rounds(run.path)) == 1
+    run.close()
+    assert "reopened" in other()
 
 
 def test_client_rows(make):
