@@ -20,7 +20,7 @@ from app.experiment import run_local
 from app.measure import measure
 from app.plan import plan, read, studies
 from app.records import read_summary
-from app.results import DOCS, page, publish, summarize
+from app.results import DOCS, body, page, publish, summarize
 from app.synthetic import QUADRATICS_A, QUADRATICS_B
 from app.tables import Run
 from app.tuning import BY, Tuning, chosen, compared
@@ -408,6 +408,23 @@ def test_a_published_verdict_follows_from_its_numbers(file):
         again = chosen(Tuning(by=by, methods=methods), kept["variants"])
         assert again == kept["tuning"]["chosen"]
     assert file.with_suffix(".png").stat().st_size < 150_000
+
+
+@pytest.mark.parametrize("missing", ["fedavg-0.1", "fedavg-0.3", ""])
+def test_a_study_with_runs_missing_is_told_as_far_as_it_goes(missing):
+    """Of the baseline's grid, or of everything: no cost relative to it, and no verdict."""
+    kept = json.loads((DOCS / "results" / "personalization_baselines.json").read_text())
+    for name, runs in kept["variants"].items():
+        if not missing or name == missing:
+            runs.pop("1")
+    if not missing:
+        kept["variants"] = {n: {} for n in kept["variants"]}
+    kept["tuning"]["chosen"] = chosen(
+        Tuning(**{k: kept["tuning"][k] for k in ("by", "methods")}), kept["variants"]
+    )
+    text = body(kept, "study.png")
+    assert "relative to fedavg" not in text
+    assert "no verdict" in text
 
 
 def test_what_a_target_cost_stands_beside_its_round(tmp_path):
