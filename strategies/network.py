@@ -197,7 +197,7 @@ def contraction(rounds: Sequence[csr_array]) -> float:
         before. 0 is exact averaging, 1 and above is no contraction.
     """
     n = rounds[0].shape[0]
-    if n == 1:
+    if n <= 1:
         return 0.0
     scale: Floats = np.ones(n)
     for P in rounds:
