@@ -1,16 +1,21 @@
-"""Which run directory a run continues: the one named, or the newest unfinished one."""
+"""Which run directory a run continues (the one named, or the newest unfinished one), and where."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from app import checkpoint
 from app.compose import PARTS
 from app.config import PLACE, Config
 from app.errors import UserError
+from app.outer import Outer
 from app.records import plain, read_summary
+from strategies.federation import Federation
+from strategies.relay import Relay
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -61,3 +66,27 @@ def find_unfinished(config: Config) -> Path:
     if not open_:
         raise UserError(f"resume=auto: no unfinished run of these settings in {base}")
     return max(open_, key=lambda p: p.stat().st_mtime)
+
+
+def stand(
+    path: Path, federation: Federation | Relay, outer: Outer | None, config: Config
+) -> int:
+    """Let a run stand where its newest checkpoint was written, and return that round.
+
+    Raises
+    ------
+    UserError
+        If there is no checkpoint.
+    """
+    found = checkpoint.newest(path / "checkpoints")
+    if found is None:
+        raise UserError(
+            f"resume={path}: no checkpoint there; run with checkpoint_every=N first"
+        )
+    round_, vectors, rest = found
+    empty = torch.zeros(0, dtype=config.torch_dtype)
+    federation.restore({"buffers": empty, **vectors}, rest)
+    if outer:
+        outer.restore(rest["outer"])
+    federation.keep = checkpoint.oldest(path / "checkpoints")
+    return round_

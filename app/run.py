@@ -26,7 +26,7 @@ from app.host import Setting, objective, setting, trainer
 from app.joining import wait_for_clients
 from app.outer import outer
 from app.records import read_rounds
-from app.resume import describe, find_unfinished
+from app.resume import describe, find_unfinished, stand
 from app.rounds import Rounds
 from app.rundir import RunDir, claim
 from app.summary import chosen, clients_block, line, summarize, training_block
@@ -119,7 +119,7 @@ class Run:
             path
         )  # before the checkpoint is read: nobody may write a later one
         try:
-            round_ = self._restore(path)
+            round_ = stand(path, self.federation, self.outer, self.config)
             directory = RunDir.reopen(path, round_, lock)
         except BaseException:
             lock.close()
@@ -129,21 +129,6 @@ class Run:
             for callback in self.callbacks:
                 callback(record)
         return directory
-
-    def _restore(self, path: Path) -> int:
-        """Stand where the newest checkpoint was written, and return its round."""
-        found = checkpoint.newest(path / "checkpoints")
-        if found is None:
-            raise UserError(
-                f"resume={path}: no checkpoint there; run with checkpoint_every=N first"
-            )
-        round_, vectors, rest = found
-        empty = torch.zeros(0, dtype=self.config.torch_dtype)
-        self.federation.restore({"buffers": empty, **vectors}, rest)
-        if self.outer:
-            self.outer.restore(rest["outer"])
-        self.federation.keep = checkpoint.oldest(path / "checkpoints")
-        return round_
 
     # The rounds.
 

@@ -32,17 +32,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from strategies import ledger
 from strategies.acceptance import Accepted, Round, add_bytes, replies_of
 from strategies.gossip import Carried, Gossip, Kept
-from strategies.ledger import (
-    admit,
-    audit,
-    opened,
-    restored,
-    saved,
-    say_goodbye,
-    smallest,
-)
 from strategies.network import Network
 from strategies.pushsum import mix
 from strategies.roster import Roster, hypers_of, versions_of
@@ -108,7 +100,7 @@ class Relay(Strategy):
     def _begin(self) -> None:
         """Give every client that is there from the start the model, in its weight."""
         value = torch.cat([self.server["theta"], self.buffers]).numpy()
-        model = opened(value, self.network, self.algorithm.weight, self.roster)
+        model = ledger.opened(value, self.network, self.algorithm.weight, self.roster)
         self.weights = model.w.copy()
         self.carried, self.kept = self.algorithm.start(model)
 
@@ -125,7 +117,7 @@ class Relay(Strategy):
         self.round = Round(server_round)
         if not again:  # else too few have answered: what came before them has happened
             retire = partial(self.algorithm.retire, self.carried, self.kept)
-            say_goodbye(self.network, self.carried, t, retire)
+            ledger.say_goodbye(self.network, self.carried, t, retire)
             self.links = self.network.at(t)
             if self.algorithm.mixes_first:
                 self._mix(server_round)
@@ -230,7 +222,7 @@ class Relay(Strategy):
         """Take in a node's differences, each in its client's weight."""
         rows = np.array(reply.trained, dtype=np.int64)
         change = reply.up["delta"].view(len(rows), -1)
-        admit(rows, self.weights, self.algorithm.weight, self.roster)
+        ledger.admit(rows, self.weights, self.algorithm.weight, self.roster)
         weight = torch.from_numpy(self.weights[rows]).to(change.dtype)
         change = self.algorithm.scaled(change * weight[:, None])
         self.algorithm.take(self.carried, self.kept, rows, change.numpy())
@@ -243,11 +235,11 @@ class Relay(Strategy):
         for name, state in self.carried.items():
             before = state.total(), state.lost_x.copy(), state.lost_w
             mix(self.links, state, faults.policy)
-            found = audit(before, state, name)
+            found = ledger.audit(before, state, name)
             if name == "model":
                 self.mass = found
         present = faults.present(server_round - 1, self.network.n)
-        smallest(self.carried["model"].w, present, self.algorithm.min_weight)
+        ledger.smallest(self.carried["model"].w, present, self.algorithm.min_weight)
         self.watch.see(self.links, server_round - 1)
 
     def restart(self) -> None:
@@ -303,7 +295,7 @@ class Relay(Strategy):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors and the JSON-able rest from which ``restore`` continues."""
-        tensors = saved(self.carried, self.kept, self.weights)
+        tensors = ledger.saved(self.carried, self.kept, self.weights)
         rest = {
             "ledger": {str(k): r for k, r in self.ledger.items()},
             "mean_samples": self.roster.mean_samples,
@@ -318,7 +310,9 @@ class Relay(Strategy):
     def restore(self, vectors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
         """Continue from what ``state`` returned."""
         names = self.algorithm.carries
-        self.carried, self.kept, self.weights = restored(names, vectors, rest["lost"])
+        self.carried, self.kept, self.weights = ledger.restored(
+            names, vectors, rest["lost"]
+        )
         self.ledger = {int(k): r for k, r in rest["ledger"].items()}
         self.roster.mean_samples = rest["mean_samples"]
         self.key, self.since = rest["run"], rest["since"]
