@@ -78,5 +78,5 @@ case $command in
     report) exec python -m app.report "$@" ;;
     deploy) exec python -m app.deploy "$@" ;;
     bench) exec python -m bench "$@" ;;
-    test) exec python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@" ;;
+    test) exec python -m pytest -n 2 --dist loadfile "$@" ;;
 esac

@@ -36,10 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Begin with the files that start Flower; leave out the long forms unless asked for."""
-    # They take longest and mostly wait: the other files run beside them.
-    starting = {i.path for i in items if i.get_closest_marker("flower")}
-    items.sort(key=lambda item: item.path not in starting)
+    """Leave out the long forms unless they are asked for."""
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
