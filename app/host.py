@@ -149,8 +149,7 @@ def setting(overrides: tuple[str, ...]) -> Setting:
     UserError
         If the data are missing or cannot be partitioned as asked.
     """
-    config = load(overrides)
-    dataset = _dataset(config.data.model_dump_json(), config.dtype, config.device)
+    config, dataset = load(overrides), undivided(overrides)
     if not len(dataset.train.y):  # only the nodes hold samples
         if config.shift.name != "none":
             raise UserError(
@@ -170,6 +169,12 @@ def setting(overrides: tuple[str, ...]) -> Setting:
         _kept(config, len(part), k)
     shift = bind("shift", config.shift)()
     return Setting(config, shifted(dataset, parts, shift, config.seed), parts)
+
+
+def undivided(overrides: tuple[str, ...]) -> Dataset:
+    """Return the data of a configuration before they are divided, loaded once for each process."""
+    config = load(overrides)
+    return _dataset(config.data.model_dump_json(), config.dtype, config.device)
 
 
 @functools.lru_cache(maxsize=2)
@@ -258,7 +263,7 @@ def local_samples(path: str, label: str, overrides: tuple[str, ...]) -> Samples:
         dataset = npz(path=str(file), label=label)
     else:
         dataset = imagefolder(root=str(file))
-    expected = setting(overrides).dataset
+    expected = undivided(overrides)
     shape, classes = tuple(expected.train.x.shape[1:]), expected.classes
     if tuple(dataset.train.x.shape[1:]) != shape:
         found = tuple(dataset.train.x.shape[1:])

@@ -17,7 +17,7 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from app.config import from_run_config, load
-from app.host import hosted, objective, setting, source, trainer
+from app.host import hosted, objective, source, trainer, undivided
 from app.hypers import hypers_of
 from app.judging import brief
 from app.personal_check import settings
@@ -81,8 +81,9 @@ class Node:
 
 @functools.lru_cache(maxsize=2)
 def _trainer(overrides: tuple[str, ...]) -> Trainer:
+    # A node with a file of its own never divides the others' data, which takes seconds.
     config = load(overrides)
-    return trainer(config, objective(config, setting(overrides).dataset))
+    return trainer(config, objective(config, undivided(overrides)))
 
 
 @functools.lru_cache(maxsize=2)

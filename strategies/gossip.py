@@ -12,17 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt
 
 from strategies.algorithm import Algorithm, Client, Cohort, Vectors
-from strategies.pushsum import Matrix, State
-from strategies.topology import Ints
 
-Carried = dict[str, State]
-Kept = dict[str, Matrix]
+if TYPE_CHECKING:  # a node never mixes: it starts for every message, so without scipy
+    from strategies.pushsum import Matrix, State
+    from strategies.topology import Ints
+
+    Carried = dict[str, State]
+    Kept = dict[str, Matrix]
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
 from strategies.hyperproblem import Found, Lambdas, Problem, Products
-from strategies.network import Network
-from strategies.pushsum import average
 from strategies.randomness import normals
+
+if TYPE_CHECKING:
+    from strategies.network import Network
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ class Links:
 
     def mean(self, u: Tensor) -> Tensor:
         """Return every client's estimate of the mean of u (n, d), which is not changed."""
+        # A node has the settings above and no network: it starts for every message, without scipy.
+        from strategies.pushsum import average
+
         rows = u.detach().cpu().numpy().copy()
         z, sent = average(self.network, rows, self.round, self.pushes)
         self.round += self.pushes

@@ -24,16 +24,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Lt
 from torch import Tensor
 
 from strategies.hypergrad import HGP, Watch, hypergradients
 from strategies.hyperproblem import Found, conjugate_gradients
-from strategies.network import Network
 from strategies.randomness import permutations
 from strategies.weighted import Task
+
+if TYPE_CHECKING:
+    from strategies.network import Network
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,16 @@ Twice Push-Sum's bytes travel over a link: u and y, with one weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from strategies.gossip import Carried, Gossip, Kept
+from strategies.gossip import Gossip
 from strategies.pushsum import Matrix, State, column_sums
 from strategies.topology import Ints
+
+if TYPE_CHECKING:
+    from strategies.gossip import Carried, Kept
 
 
 @dataclass(frozen=True)

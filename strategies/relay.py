@@ -34,9 +34,9 @@ from torch import Tensor
 
 from strategies import ledger
 from strategies.acceptance import Accepted, Round, add_bytes, replies_of
-from strategies.gossip import Carried, Gossip, Kept
+from strategies.gossip import Gossip
 from strategies.network import Network
-from strategies.pushsum import mix
+from strategies.pushsum import Matrix, State, mix
 from strategies.roster import Roster, hypers_of, versions_of
 from strategies.topology import Floats
 from strategies.watch import Watch
@@ -90,8 +90,8 @@ class Relay(Strategy):
         self.keep, self.state_dir = 0, ""
         self.key = secrets.token_hex(8)  # of this run; a resumed run keeps it
         self.round = Round(0)
-        self.carried: Carried = {}
-        self.kept: Kept = {}
+        self.carried: dict[str, State] = {}
+        self.kept: dict[str, Matrix] = {}
         self.mass: dict[str, float] = {}
         self.watch = Watch(network, algorithm.tau)
         self._asked: dict[int, tuple[list[int], list[int]]] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import yaml
 from conftest import QUICK, Result, grid_of
 
 from app.callbacks import Patience
+from app.compose import CONF
 from app.config import load
 from app.errors import UserError
 from app.experiment import run_local
@@ -556,6 +559,32 @@ def test_only_the_nodes_have_data(run: Door, tmp_path: Path) -> None:
     wrong = ("data=described", "data.shape=[1,9,9]", "data.classes=10")
     with pytest.raises(UserError, match=r"\(1, 8, 8\); the run's have \(1, 9, 9\)"):
         run(*wrong, grid=named(*nodes))
+
+
+#: What a ClientApp does between its start and training.
+START = """
+import sys
+import app.client_app
+from app.node import Node
+from flwr.app import Context, RecordDict
+given = {"overrides": "data=described data.shape=[1,8,8] data.classes=10"}
+mine = {"clients": "0", "data-path": sys.argv[1]}
+node = Node(Context(1, 1, mine, RecordDict(), given))
+assert len(node.samples(0).train) and node.binds_clients()
+print(*sys.modules)
+"""
+
+
+def test_a_node_starts_without_what_it_does_not_need(tmp_path: Path) -> None:
+    """A node starts a process for every message: what is imported there is paid each time."""
+    x, y = np.zeros((30, 1, 8, 8), np.float32), np.arange(30) % 10
+    np.savez(tmp_path / "own.npz", x=x, y=y)
+    command = [sys.executable, "-c", START, str(tmp_path / "own.npz")]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=CONF.parent)
+    assert told.returncode == 0, told.stderr
+    loaded = {name.split(".")[0] for name in told.stdout.split()}
+    heavy = {"datasets", "matplotlib", "networkx", "pandas", "ray", "scipy", "sklearn"}
+    assert not loaded & heavy
 
 
 def test_data_of_its_own_is_one_clients(run: Door, tmp_path: Path) -> None:
