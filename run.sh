@@ -58,6 +58,8 @@ case $command in
 esac
 install
 export PATH="$PWD/.venv/bin:$PATH" PYTHONUNBUFFERED=1
+# Flower starts a process for every message: compiling the app anew each time is half a second.
+unset PYTHONDONTWRITEBYTECODE
 export FLWR_TELEMETRY_ENABLED=${FLWR_TELEMETRY_ENABLED:-0} RAY_USAGE_STATS_ENABLED=0
 
 case $command in

@@ -250,6 +250,19 @@ def test_two_opposed_groups_separate_and_gain(run: Door) -> None:
     assert gain[0] > 0.75
 
 
+def test_what_an_estimate_sends_counts_in_the_runs_total(run: Door) -> None:
+    given = [*PLAIN, "strategy=fedavg", "rounds=4", "nodes=1"]
+    plain = run(*given).summary
+    own = ["personal=hgp", "personal.every=3", "personal.depth=4"]
+    result = run(*given, *own, "personal.power_steps=0")
+    vector = 8 * len(result.theta)
+    # Down to the node go M + 1 models, M vectors z and a model to measure at the end; M sums of u
+    # come up.
+    for side, vectors in (("bytes_down", 10), ("bytes_up", 4)):
+        more = result.summary[side] - plain[side]
+        assert vectors * vector <= more < (vectors + 1) * vector
+
+
 @pytest.mark.parametrize("start", ["warm", "cold"])
 def test_a_resumed_run_equals_one_that_never_stopped(
     run: Door, tmp_path: Any, start: str

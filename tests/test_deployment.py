@@ -16,11 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import Result
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from jobs import JOB, Job, Lively, two_nodes
 
 from app import credentials
@@ -65,6 +67,23 @@ def test_credentials_are_what_they_should_be(tmp_path: Path) -> None:
         credentials.node_key(tmp_path / "node-1")
     with pytest.raises(UserError, match="every address"):
         credentials.server(tmp_path, [])
+
+
+def test_a_certificate_is_renewed_with_its_key_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credentials.authority(tmp_path)
+    made = credentials.server(tmp_path, ["fl.example.org"])
+    old = [file.read_bytes() for file in made]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(credentials, "_private", Mock(side_effect=OSError("disk full")))
+        credentials.server(tmp_path, ["fl.example.org"])
+    assert [file.read_bytes() for file in made] == old
+    assert credentials.server(tmp_path, ["fl.example.org"]) == made
+    new = [file.read_bytes() for file in made]
+    assert new[0] != old[0] and new[1] != old[1]
+    key = serialization.load_pem_private_key(new[1], None)
+    assert x509.load_pem_x509_certificate(new[0]).public_key() == key.public_key()
 
 
 def test_a_deployments_settings_are_those_of_its_nodes() -> None:
@@ -242,6 +261,21 @@ def test_the_largest_memory_of_each_kind_of_process_is_kept() -> None:
         "ClientApp",
         "SuperLink",
     }
+
+
+def test_every_node_has_a_port_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Deployment, "_start", lambda *_: None)
+    made, ports = Deployment(tmp_path / "many"), []
+    for i in range(20):  # more than were looked for at the start
+        home = made.folder / f"node-{i}"
+        home.mkdir()
+        (home / "node.json").write_text("{}")
+        for _ in range(2):  # started again it keeps its port
+            made.start_node(f"node-{i}")
+            ports.append((home / "port").read_text())
+    assert len({made.port, *ports}) == 21 and ports[::2] == ports[1::2]
 
 
 def test_free_ports_differ() -> None:

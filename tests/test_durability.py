@@ -98,6 +98,30 @@ def test_checkpoints_keep_the_last_and_know_their_format(tmp_path: Path) -> None
         checkpoint.newest(tmp_path)
 
 
+def test_the_logs_are_on_the_disk_before_their_checkpoint(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of a round that no log has would leave a hole in a resumed run."""
+    synced, real, save = [], os.fsync, checkpoint.save
+
+    def sync(file: int) -> None:
+        synced.append(os.fstat(file).st_ino)
+        real(file)
+
+    def watched(*given: Any) -> int:
+        synced.append("checkpoint")
+        return save(*given)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(checkpoint, "save", watched)
+    path = run("rounds=2", "checkpoint_every=1").path
+    logs = {(path / name).stat().st_ino for name in ("metrics.jsonl", "clients.csv")}
+    ends = [i for i, what in enumerate(synced) if what == "checkpoint"]
+    assert len(ends) == 2
+    for start, end in zip([0, *ends], ends, strict=False):
+        assert logs <= set(synced[start:end])
+
+
 def test_a_node_keeps_the_memories_of_the_last_runs(tmp_path: Path) -> None:
     for i in range(5):
         path = directory_of(tmp_path, f"{i:016x}")
@@ -178,6 +202,30 @@ def memories(run: Run, grid: Disks) -> torch.Tensor:
             with contextlib.suppress(KeyError):  # lost, and not yet begun anew
                 total = total + store.load(k, version, fresh)[name]
     return total / 6
+
+
+class Backwards(Disks):
+    """Disks whose nodes answer in the opposite order."""
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Return the last reply first."""
+        return list(super().send_and_receive(messages, timeout=timeout))[::-1]
+
+
+def test_who_answers_first_does_not_change_what_is_made_anew(
+    run: Door, tmp_path: Path
+) -> None:
+    found = []
+    for grid in (Disks, Backwards):
+        result = run(
+            *(*EACH, "strategy=feddyn", "partition=dirichlet"),
+            grid=lambda o, grid=grid: grid(o, tmp_path / grid.__name__, wipe),
+        )
+        assert result.records[4]["reset"] == [2]
+        found.append(result.theta)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("spoil", [wipe, rot])
