@@ -27,8 +27,10 @@ def modules(config: Config, dataset: Dataset, count: int) -> list[nn.Module]:
 def personal(config: Config, dataset: Dataset, how: Personalize) -> PersonalObjective:
     """Build the model of a run whose clients have hyper-parameters, K learners if they mix."""
     what = f"personal={config.personal.name}"
-    if not dataset.classes or dataset.train.y.ndim != 1:
-        raise UserError(f"data={config.data.name}: {what} is about samples of a class")
+    if not dataset.classes or dataset.vocabulary or dataset.train.y.ndim != 1:
+        raise UserError(
+            f"data={config.data.name}: {what} is about inputs of numbers, each of a class"
+        )
     learners = modules(config, dataset, how.K)
     if noise_shapes(learners[0]) or any(True for _ in learners[0].buffers()):
         raise UserError(

@@ -213,7 +213,7 @@ class RunDir:
         summary : dict
             The run in a few numbers (see docs/runs.md).
         tensors : dict
-            The reported model, for ``model.safetensors``.
+            The server's model, for ``model.safetensors``.
 
         Returns
         -------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -517,3 +518,18 @@ def test_mistakes_are_told_in_a_line(
     with pytest.raises(UserError, match=line) as told:
         run(*GIVEN, *given, quick=quick)
     assert "\n" not in str(told.value)
+
+
+def test_text_is_refused_in_a_line(run: Door, tmp_path: Path) -> None:
+    file = tmp_path / "play.txt"
+    file.write_text("".join(f"ROLE{k}:\n{'but soft, ' * 30}\n\n" for k in range(6)))
+    text = ("data=text", f"data.path={file}", "data.minimum=50", "data.length=8")
+    model = ("partition=natural", "model=char_lstm")
+    with pytest.raises(UserError, match="data=text: personal=hgp is about inputs of"):
+        run(
+            "personal=hgp",
+            "client_validation=0.2",
+            *text,
+            *model,
+            quick=("rounds=1", "clients=6"),
+        )
