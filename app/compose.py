@@ -80,7 +80,8 @@ def compose(overrides: tuple[str, ...]) -> DictConfig:
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             known = set()
             if len(groups) < len(overrides):
-                known = _keys(hydra.compose("config", list(groups)))
+                with contextlib.suppress(HydraException, OmegaConfBaseException):
+                    known = _keys(hydra.compose("config", list(groups)))
             for override in parsed:
                 key = override.key_or_group
                 if known and key not in known and key not in GROUPS:

@@ -250,7 +250,13 @@ def _check_alone(config: Config) -> None:
 def _check_optimizer(config: Config) -> None:
     """Raise UserError if the algorithm needs another local optimizer."""
     algorithm = solver_of(bind("strategy", config.strategy)())
-    lacking = missing(algorithm, bind("optimizer", config.optimizer)())
+    optimizer = bind("optimizer", config.optimizer)()
+    if optimizer.models(2) and "answer" not in algorithm.needs:
+        raise UserError(
+            f"optimizer={config.optimizer.name}: answers with a direction, which "
+            f"strategy={config.strategy.name} does not ask for; use optimizer=sgd"
+        )
+    lacking = missing(algorithm, optimizer)
     if not lacking:
         return
     fitting = []

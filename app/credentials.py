@@ -178,7 +178,11 @@ def _host(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        pass
+    try:
         return x509.DNSName(host)
+    except ValueError:
+        raise UserError(f"hosts: {host}: write it as in the DNS, xn--...") from None
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -205,7 +209,8 @@ def main() -> None:
     try:
         if not (given.folder / "ca.crt").exists():
             print(authority(given.folder, given.days))
-        print(*server(given.folder, given.hosts.split(","), given.days), sep="\n")
+        hosts = [host.strip() for host in given.hosts.split(",")]
+        print(*server(given.folder, hosts, given.days), sep="\n")
         for number in range(1, given.nodes + 1):
             print(node_key(given.folder / f"node-{number}"))
     except UserError as error:

@@ -43,8 +43,9 @@ DEFAULTS = (
 
 def settings(given: Sequence[str]) -> list[str]:
     """Return the settings of the job: as many clients as nodes, unless it is said otherwise."""
-    found = [*DEFAULTS, *given]
     named = {o.split("=")[0].lstrip("+") for o in given}
+    # A preset says itself how long and on what.
+    found = [*(DEFAULTS[:2] if "experiment" in named else DEFAULTS), *given]
     if "clients" not in named and "experiment" not in named:
         found.append(f"clients={load([*found, 'clients=1000000']).nodes}")
         if "clients_per_round" not in named:
@@ -150,6 +151,11 @@ def deploy(given: Sequence[str], say: Say = print, memory: bool = False) -> Path
     overrides = settings(given)
     config = load(overrides)
     setting(tuple(overrides))
+    if not all(hosting(config)):
+        raise UserError(
+            f"nodes={config.nodes}: a node without a client has nothing to do; there are "
+            f"{config.clients + config.holdout_clients} clients"
+        )
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     base = Path(config.output_dir).expanduser().resolve()
     deployment = Deployment(base / f"deploy-{stamp}-{os.getpid()}")
@@ -174,12 +180,15 @@ def deploy(given: Sequence[str], say: Say = print, memory: bool = False) -> Path
 
 def main() -> None:
     """Deploy with the settings of the command line."""
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def interrupted(*_: object) -> None:
+        for each in ends:  # a second one must not keep us from ending what was started
+            signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     # Also where it was started in the background, with interrupts ignored.
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in ends:
         signal.signal(each, interrupted)
     try:
         given = [a for a in sys.argv[1:] if a != MEMORY]

@@ -44,7 +44,10 @@ class Deployment:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
-        self.folder.mkdir(parents=True)
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: {error.strerror or error}") from error
         self.certificates = self.folder / "certificates"
         self.home = self.folder / "flower"
         for path in (self.home, self.folder / "logs"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -153,7 +154,7 @@ def run_flower(
         **(os.environ if place is None else place),
         "PATH": f"{flwr.parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
-    failed = False
+    failed, run = False, ""
     with subprocess.Popen(
         command,
         env=environment,
@@ -162,11 +163,29 @@ def run_flower(
         text=True,
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            failed = failed or line.startswith("error: ") or "finished:failed" in line
-            say(line.rstrip())
-    if process.returncode or failed:
+        try:
+            for line in process.stdout:
+                failed = failed or line.startswith("error: ")
+                if started := re.search(r"Successfully started run (\d+)", line):
+                    run = started[1]
+                say(line.rstrip())
+        except KeyboardInterrupt:
+            process.terminate()
+            if superlink or not run:
+                raise
+            # The SuperLink of `flwr run` is a process of its own and would go on.
+            subprocess.run(
+                [str(flwr), "stop", run], env=environment, capture_output=True
+            )
+            raise UserError(f"interrupted; run {run} was stopped") from None
+    if process.returncode or failed or not run:
         raise UserError("flwr run failed; its log is above")
+    # Whoever streams a log is not told how the run ended.
+    asked = [str(flwr), "ls", *([superlink] if superlink else [])]
+    asked += ["--run-id", run, "--format", "json"]
+    told = subprocess.run(asked, env=environment, capture_output=True, text=True)
+    if '"finished:completed"' not in told.stdout:
+        raise UserError(f"run {run} did not complete; its log is above")
 
 
 def main_once(overrides: Sequence[str]) -> dict[str, Any] | None:

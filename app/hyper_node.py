@@ -24,6 +24,7 @@ from strategies.hyper_client import Member
 from strategies.hyper_wire import SCORES
 from strategies.personal_objective import PersonalObjective
 from strategies.sgd import SGD
+from strategies.tuned_sgd import TunedSGD
 from strategies.wire import Refused, pack, unpack
 
 
@@ -35,7 +36,8 @@ def work(message: Message, context: Context) -> Message:
     if how is None or not isinstance(goal, PersonalObjective):
         raise Refused("this run has no hyper-parameters")
     optimizer, each = node.trainer().optimizer, bool(order["each"])
-    decay = optimizer.weight_decay if isinstance(optimizer, SGD) else 0.0
+    # The weight decay of the others is no part of the cost.
+    decay = optimizer.weight_decay if isinstance(optimizer, SGD | TunedSGD) else 0.0
     task = replace(goal.task, decay=decay)
     clients = cast(list[int], order["clients"])
     sent = _arrived(message, goal, len(clients) if each else 1)

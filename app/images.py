@@ -232,9 +232,12 @@ def _read_cache(path: Path, fingerprint: str) -> dict[str, np.ndarray] | None:
 
 def _write_cache(path: Path, fingerprint: str, arrays: dict[str, np.ndarray]) -> None:
     """Write beside the target, then rename: a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {**arrays, "fingerprint": np.array(fingerprint)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    except OSError as error:
+        raise UserError(f"data.cache={path}: {error.strerror or error}") from error
     try:
         with os.fdopen(handle, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)

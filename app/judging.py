@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from logging import WARNING
 from typing import TYPE_CHECKING, Any, cast
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Scores = dict[int, Row]
 Predict = Callable[[Tensor], Tensor]
+#: The loss of a model that is not finite: above all others, and a number that means can have.
+WORST = 1e30
 
 
 def evaluate(run: Trainer, scores: Callable[[], Scores]) -> dict[str, Any]:
@@ -43,13 +45,17 @@ def evaluate(run: Trainer, scores: Callable[[], Scores]) -> dict[str, Any]:
     except Exception as error:  # an evaluation that fails must not cost the training
         log(WARNING, "evaluation failed: %s", brief(error))
         rows = {}
-    rows = {k: row for k, row in rows.items() if math.isfinite(row["loss"])}
+    for row in rows.values():
+        for kind in (
+            "",
+            "validation_",
+        ):  # who diverged must not leave the means and the decile
+            if not math.isfinite(row.get(f"{kind}loss", 0.0)):
+                row |= {f"{kind}loss": WORST, f"{kind}accuracy": 0.0}
     columns = ["samples", "held_out", "loss"]
     if run.objective.classification:
         columns.append("accuracy")
-    if rows and all(
-        math.isfinite(r.get("validation_loss", math.nan)) for r in rows.values()
-    ):
+    if rows and all("validation_loss" in row for row in rows.values()):
         columns += [f"validation_{name}" for name in columns[2:]]
     report: dict[str, Any] = {
         f"eval_{n}": [r[n] for r in rows.values()] for n in columns
@@ -68,8 +74,9 @@ def received(
     if isinstance(run.algorithm, Individual):
         return individually(node, run, down, order, context)
     if hyper := hypers_of(node, order, context):
-        given = ((k, predictor(run, down, hyper, k)) for k in clients)
-        return {k: scored(run, predict, node, k) for k, predict in given}
+        return one_by_one(
+            clients, lambda k: scored(run, predictor(run, down, hyper, k), node, k)
+        )
     parts = [node.samples(k).judged() for k in clients]
     if not parts:
         return {}
@@ -105,19 +112,27 @@ def individually(
     """
     algorithm = run.algorithm
     assert isinstance(algorithm, Individual), "the caller has asked"
-    jobs, found = _jobs(node, run, down, order, context, own or {}), {}
-    starts = jobs
+    starts = jobs = _jobs(node, run, down, order, context, own or {})
     if isinstance(algorithm, Practising) and algorithm.practice:
         starts = _practised(node, run, algorithm.practice, down, jobs, order)
-    for job in starts:
-        k = job.client.id
+    ready = {job.client.id: job for job in starts}
+
+    def judged(k: int) -> Row:
+        mine = {**down, **ready[k].own}
+        net = run.objective.net(mine["buffers"])
+        predict = functools.partial(algorithm.predict, net, mine, ready[k].memory)
+        return scored(run, predict, node, k)
+
+    return one_by_one(ready, judged)
+
+
+def one_by_one(clients: Iterable[int], judged: Callable[[int], Row]) -> Scores:
+    """Return each client's row; one that cannot be judged does not cost the others theirs."""
+    found: Scores = {}
+    for k in clients:
         try:
-            mine = {**down, **job.own}
-            predict = functools.partial(
-                algorithm.predict, run.objective.net(mine["buffers"]), mine, job.memory
-            )
-            found[k] = scored(run, predict, node, k)
-        except Exception as error:  # one must not cost the others theirs
+            found[k] = judged(k)
+        except Exception as error:
             log(WARNING, "client %s cannot be judged: %s", k, brief(error))
     return found
 
@@ -182,7 +197,7 @@ def predictor(run: Trainer, down: Vectors, hyper: Hypers | None, k: int) -> Pred
     goal = run.objective
     if hyper is not None and isinstance(goal, PersonalObjective):
         return functools.partial(goal.predictions, down["theta"], hyper(k))
-    return functools.partial(goal.net(down["buffers"]), down["theta"])
+    return goal.predictor(down["theta"], down["buffers"])
 
 
 def scored(run: Trainer, predict: Predict, node: Node, k: int) -> Row:

@@ -103,6 +103,13 @@ class Worker:
             with contextlib.suppress(OSError):  # it has died: collect() will see it
                 self.pipe.send(self.busy)
 
+    def forget(self, names: set[str]) -> set[str]:
+        """Drop the messages of these ids that are not begun yet, and return their ids."""
+        dropped = {m.metadata.message_id for m in self.waiting} & names
+        kept = [m for m in self.waiting if m.metadata.message_id not in dropped]
+        self.waiting = deque(kept)
+        return dropped
+
     def collect(self) -> Message:
         """Return the reply that is ready, or an error reply if the process has died."""
         assert self.busy is not None
@@ -172,6 +179,7 @@ class LocalGrid(Grid):
         self._ids = itertools.count(1)
         self._nodes = itertools.count(1000)
         self._replies: dict[str, Message] = {}
+        self._late: set[str] = set()
         for i in range(nodes):
             self._context({"partition-id": i, "num-partitions": nodes})
         self._workers = _workers(min(processes, nodes))
@@ -258,7 +266,11 @@ class LocalGrid(Grid):
         busy = {w.pipe: w for w in self._workers if w.busy is not None}
         for pipe in wait(list(busy), timeout) if busy else []:
             reply = busy[pipe].collect()  # type: ignore[index]
-            self._replies[reply.metadata.reply_to_message_id] = reply
+            name = reply.metadata.reply_to_message_id
+            if name in self._late:
+                self._late.remove(name)
+            else:
+                self._replies[name] = reply
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -275,4 +287,8 @@ class LocalGrid(Grid):
             ids -= arrived
             if left <= 0:
                 break
+        # Nobody will ask for these again: not begun they never are, late they are dropped.
+        for worker in self._workers:
+            ids -= worker.forget(ids)
+        self._late |= ids
         return replies

@@ -196,8 +196,7 @@ class Outer:
             record["bytes"][side]["hyper"] = sum(sent.values())
         record["seconds"]["hyper"] = told.seconds
         record["seconds"]["round"] += told.seconds
-        # A product with second derivatives counts as two gradients.
-        record["gradients"] += 2 * told.products
+        record["gradients"] += told.gradients
         if "link_bytes" in record["strategy"]:
             links = record["strategy"]["link_bytes"] + told.link_bytes
             record["strategy"] = record["strategy"] | {"link_bytes": links}

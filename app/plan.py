@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,19 +18,12 @@ from pydantic import Field, ValidationError, model_validator
 
 from app.binding import Model
 from app.compose import CONF, names
-from app.config import PLACE, load
+from app.config import load
 from app.errors import UserError, nearest
-from app.records import plain
-from app.report import flat as flatten
+from app.resume import APART
 from app.tuning import Tuning
 from app.verdict import DISTANCE, Rule
 
-# Where data lie and how a run is carried out; none of it changes what is computed.
-APART = {
-    *PLACE,
-    *("checkpoint_every", "client_memory", "deadline", "device", "threads"),
-    *("data.root", "data.cache", "data.path", "data.download"),
-}
 # What the study itself sets.
 OWN = {"seed", "name", "resume", "experiment", "runtime", "study"}
 
@@ -223,9 +216,3 @@ def _key(override: str) -> str:
     except HydraException:
         raise UserError(f"{override}: is not key=value.") from None
     return str(parsed.key_or_group)
-
-
-def settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that decide what a run computes."""
-    flat = flatten(plain(config, finite=False))
-    return {k: v for k, v in flat.items() if k not in APART}

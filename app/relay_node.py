@@ -16,7 +16,16 @@ from torch import Tensor
 from app.binding import bind
 from app.host import setting
 from app.hypers import hypers_of
-from app.judging import Scores, evaluate, individually, predictor, score, scored
+from app.judging import (
+    Row,
+    Scores,
+    evaluate,
+    individually,
+    one_by_one,
+    predictor,
+    score,
+    scored,
+)
 from app.node import Node, train_all
 from strategies.algorithm import Client, Individual, Vectors
 from strategies.gossip import Gossip
@@ -87,15 +96,15 @@ def _judged(
     if common is None and isinstance(run.algorithm, Individual):
         down = next(iter(own.values())) if own else {}
         return individually(node, run, down, order, context, own)
-    found: Scores = {}
     hyper = hypers_of(node, order, context)
-    for k in clients:
+
+    def judged(k: int) -> Row:
         predict = predictor(run, own[k], hyper, k)
         if common is None:
-            found[k] = scored(run, predict, node, k)
-        else:
-            found[k] = score(run, predict, common) | {"held_out": 1}
-    return found
+            return scored(run, predict, node, k)
+        return score(run, predict, common) | {"held_out": 1}
+
+    return one_by_one(clients, judged)
 
 
 def _test(node: Node, most: int) -> Part | None:

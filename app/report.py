@@ -62,7 +62,7 @@ def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
     dict
         From a label, made of the settings in which the groups differ, to its runs.
     """
-    settings = {id(run): flat(run.config) for run in runs}
+    settings = {id(run): own for run, own in zip(runs, told(runs), strict=True)}
     together: dict[str, list[Run]] = {}
     for run in runs:
         kept = {k: v for k, v in settings[id(run)].items() if k not in APART}
@@ -183,6 +183,16 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
     """Sort ``run-10`` behind ``run-9``."""
     parts = re.split(r"(\d+)", str(path))
     return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in parts]
+
+
+def told(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the settings of runs by dotted names, without seeds that are the run's everywhere."""
+    found = [flat(run.config) for run in runs]
+    seeds = {k for one in found for k in one if k.endswith(".seed")}
+    same = {
+        k for k in seeds if all(one.get(k, one["seed"]) == one["seed"] for one in found)
+    }
+    return [{k: v for k, v in one.items() if k not in same} for one in found]
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

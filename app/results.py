@@ -20,9 +20,9 @@ from app.compose import CONF
 from app.config import load
 from app.errors import UserError
 from app.measure import EXCESS, last_value, measure, with_excess
-from app.plan import Plan, settings
+from app.plan import Plan
 from app.records import read_summary, series, write_atomic
-from app.resume import describe
+from app.resume import describe, settings
 from app.tables import Spread, markdown
 from app.verdict import DISTANCE, Rule, Table, better, judge
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,18 @@ from app.config import PLACE, Config
 from app.errors import UserError
 from app.outer import Outer
 from app.records import plain, read_summary
+from app.report import flat
 from strategies.federation import Federation
 from strategies.relay import Relay
+
+#: Where data lie and how a run is carried out; none of it changes what is computed.
+APART = {
+    *PLACE,
+    *("checkpoint_every", "client_memory", "device", "threads"),
+    *("data.root", "data.cache", "data.path", "data.download"),
+}
+#: What may be chosen anew when a run goes on, beside those.
+FREE = ("rounds", "lost_state", "min_replies", "min_clients")
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -26,6 +37,12 @@ def describe(config: Config) -> dict[str, Any]:
         described[kind] = {"name": group["name"], **group["options"]}
     # As it is written and read back: the keys of faults.crash={3: 10} become words.
     return dict(plain(described, finite=False))
+
+
+def settings(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings, by dotted names, that decide what a described run computes."""
+    found = flat(plain(described, finite=False))
+    return {k: v for k, v in found.items() if k not in APART}
 
 
 def find_unfinished(config: Config) -> Path:
@@ -42,11 +59,10 @@ def find_unfinished(config: Config) -> Path:
             there = yaml.safe_load((path / "config.yaml").read_text())
         except (OSError, yaml.YAMLError):
             return False
-        free = (*PLACE, "rounds", "checkpoint_every")
-        here = describe(config)
-        return isinstance(there, dict) and all(
-            there.get(k) == v for k, v in here.items() if k not in free
-        )
+        if not isinstance(there, dict):
+            return False
+        ours, theirs = settings(describe(config)), settings(there)
+        return all(theirs.get(k) == v for k, v in ours.items() if k not in FREE)
 
     if config.resume != "auto":
         path = Path(config.resume).expanduser().resolve()
@@ -57,14 +73,17 @@ def find_unfinished(config: Config) -> Path:
         if not same(path):
             raise UserError(
                 f"resume={config.resume}: that run has other settings; give the same ones "
-                "(only rounds and where it runs may change)"
+                f"(only {', '.join(FREE)} and where and how it runs may change)"
             )
         return path
     base = Path(config.output_dir).expanduser().resolve()
     paths = [p.parent for p in base.glob("*/config.yaml")]
-    open_ = [p for p in paths if read_summary(p) is None and same(p)]
+    open_ = [p for p in paths if checkpoint.oldest(p / "checkpoints")]
+    open_ = [p for p in open_ if read_summary(p) is None and same(p)]
     if not open_:
-        raise UserError(f"resume=auto: no unfinished run of these settings in {base}")
+        raise UserError(
+            f"resume=auto: no unfinished run of these settings has a checkpoint in {base}"
+        )
     return max(open_, key=lambda p: p.stat().st_mtime)
 
 

@@ -120,12 +120,14 @@ class Run:
         )  # before the checkpoint is read: nobody may write a later one
         try:
             round_ = stand(path, self.federation, self.outer, self.config)
-            directory = RunDir.reopen(path, round_, lock)
+            directory = RunDir.reopen(path, round_, lock, describe(self.config))
         except BaseException:
             lock.close()
             raise
         self.first, self.records = round_ + 1, read_rounds(path)
-        for record in self.records:
+        for record in self.records[
+            1:
+        ]:  # no callback sees the model before the first round
             for callback in self.callbacks:
                 callback(record)
         return directory

@@ -103,8 +103,7 @@ class RunDir:
             raise UserError(
                 f"{base}: cannot keep runs here ({error.strerror})."
             ) from error
-        text = yaml.safe_dump(plain(config, finite=False), sort_keys=False)
-        write_atomic(path / CONFIG, text)
+        write_atomic(path / CONFIG, _yaml(config))
         write_atomic(path / "environment.json", _json(environment()))
         write_atomic(path / ROUNDS, b"")
         write_atomic(path / CLIENTS, ",".join(COLUMNS) + "\n")
@@ -112,7 +111,11 @@ class RunDir:
 
     @classmethod
     def reopen(
-        cls, path: Path, last_round: int, lock: IO[bytes] | None = None
+        cls,
+        path: Path,
+        last_round: int,
+        lock: IO[bytes] | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> "RunDir":
         """Open the directory of a run that goes on after a round.
 
@@ -127,6 +130,8 @@ class RunDir:
             The last round to keep, usually that of the checkpoint.
         lock : file, optional
             What `claim` returned, if the run has been claimed before something of it was read.
+        config : dict, optional
+            The settings with which it goes on, as after more rounds were asked.
 
         Raises
         ------
@@ -137,6 +142,8 @@ class RunDir:
         lock = lock or claim(path)
         kept = [r for r in read_rounds(path) if r["round"] <= last_round]
         (path / SUMMARY).unlink(missing_ok=True)
+        if config is not None:
+            write_atomic(path / CONFIG, _yaml(config))
         write_atomic(path / ROUNDS, "".join(_line(record) for record in kept))
         rows = [",".join(COLUMNS), *_client_rows(path / CLIENTS, last_round)]
         write_atomic(path / CLIENTS, "\n".join(rows) + "\n")
@@ -277,6 +284,10 @@ def _tensorboard(path: Path, purge_step: int | None = None) -> "SummaryWriter":
 def _line(record: Mapping[str, Any]) -> str:
     """Return a record as one line."""
     return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump(plain(config, finite=False), sort_keys=False))
 
 
 def _json(value: Any) -> str:

@@ -10,6 +10,8 @@ named and drop the others.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
 from pathlib import Path
@@ -158,7 +160,10 @@ def directory_of(state_dir: Path, run: str) -> Path:
     if not KEY.fullmatch(run):
         raise ValueError(f"{run[:40]!r} is no name of a run")
     mine = state_dir / run
-    if not mine.exists():
+    if mine.exists():
+        with contextlib.suppress(OSError):  # of a disk that can only be read
+            os.utime(mine)  # a long run is not an old one
+    else:
         mine.mkdir(parents=True)
         runs = (p for p in state_dir.iterdir() if KEY.fullmatch(p.name))
         others = [p for p in runs if p.is_dir() and p != mine]

@@ -21,14 +21,14 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from app import results
+from app import checkpoint, results
 from app.alone import hold
 from app.config import load
 from app.errors import UserError
-from app.plan import Job, Plan, plan, read, settings, studies
+from app.plan import Job, Plan, plan, read, studies
 from app.progress import Board
 from app.records import read_summary
-from app.resume import describe
+from app.resume import describe, settings
 from app.tables import show
 
 
@@ -53,7 +53,7 @@ def settle(job: Job, folder: Path) -> tuple[bool, tuple[str, ...]]:
         there = None  # it died before it wrote, or while it did
     same = settings(there or {}) == settings(describe(load(job.overrides)))
     if read_summary(path) is None:
-        if same and any((path / "checkpoints").glob("*")):
+        if same and checkpoint.newest(path / "checkpoints") is not None:
             # JSON quotes as Hydra's grammar does.
             return False, (*job.overrides, f"resume={json.dumps(str(path.resolve()))}")
         shutil.rmtree(path)

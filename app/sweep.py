@@ -162,7 +162,7 @@ def swept(
     """
     from app import report
 
-    configs = [report.flat(runs[0].config) for runs in groups.values()]
+    configs = report.told([runs[0] for runs in groups.values()])
     keys = report.differing(configs)
     if len(keys) != 1:
         return None

@@ -214,7 +214,13 @@ class Bilevel:
             self.again(attempt)
         self._told.failed |= silent
         fine = [k for k in clients if k not in self._told.failed]
-        self._told.products += len(fine) * (2 if what == "push" else 1)
+        work = {
+            "start": 1,
+            "curvature": 2,
+            "step": 2,
+            "push": 2 + 2 * self.how.independent,
+        }
+        self._told.gradients += len(fine) * work.get(what, 0)
         if what in ("start", "push", "step", "settle"):
             self.ledger |= dict.fromkeys(fine, self._version(step))
         # In the clients' order, whichever attempt they answered: sums have the same bits.

@@ -15,6 +15,7 @@ from torch import Tensor
 from strategies.local import Trainer, noise_of, orders
 from strategies.objective import Batch
 from strategies.randomness import generator
+from strategies.sgd import SGD
 from strategies.step import clip
 
 
@@ -42,6 +43,13 @@ class Site:
     seed: int = 0
     round: int = 1
     trainer: Trainer | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of numbers: the model's; without one that of the samples."""
+        if self.trainer is not None:
+            return self.trainer.objective.initial()[0].dtype
+        return self.x.dtype
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a generator at the address (seed, purpose, round, client)."""
@@ -102,13 +110,13 @@ def times(site: Site, weight: Tensor, value: Tensor) -> Tensor:
 @register
 def one(site: Site) -> Tensor:
     """Return 1."""
-    return site.x.new_ones(())
+    return torch.ones((), dtype=site.dtype, device=site.x.device)
 
 
 @register
 def samples(site: Site) -> Tensor:
     """Return n_k, the number of the client's samples."""
-    return site.x.new_tensor(float(len(site.y)))
+    return torch.tensor(float(len(site.y)), dtype=site.dtype, device=site.x.device)
 
 
 @register
@@ -126,11 +134,20 @@ def gradient(site: Site, theta: Tensor) -> Tensor:
 
 @register
 def train(site: Site, theta: Tensor, lr: Tensor) -> Tensor:
-    """Return theta_k after the run's local steps of SGD from theta at learning rate lr."""
+    """Return theta_k after the run's local steps of SGD from theta at learning rate lr.
+
+    Raises
+    ------
+    ValueError
+        If clients step in another way.
+    """
     trainer, first = _present(site.trainer), 0
+    how = trainer.optimizer
+    if not isinstance(how, SGD) or how.momentum:
+        raise ValueError("train takes plain steps: optimizer=sgd optimizer.momentum=0")
     local, who = trainer.local, [site.id]
     for drawn in orders(local, site.seed, site.round, who, len(site.y)):
         found = torch.func.grad(site.loss)(theta, drawn[0], first)
-        theta = theta - lr * clip(found, local.clip)
+        theta = theta - lr * (clip(found, local.clip) + how.weight_decay * theta)
         first += drawn.shape[1]
     return theta

@@ -259,9 +259,8 @@ class Federation(Strategy):
         """Return messages that only evaluate, for the model after the last round."""
         theta = unpack(arrays, {"theta": len(self._probe)}, self.server["theta"].dtype)
         self.server |= theta
-        return self._messages(
-            server_round, [], self._evaluators([]), MessageType.EVALUATE
-        )
+        judges = self._evaluators(self.roster.trainable())
+        return self._messages(server_round, [], judges, MessageType.EVALUATE)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

@@ -7,10 +7,11 @@ Algorithm 1 of arXiv 2102.07078; with ``joint``, FedPer (Arivazhagan et al. 2019
     server:    b <- b + server_lr * sum_k w_k (b_k - b) / sum_k w_k
 
 With local.epochs=5, head_share=0.8 is four epochs for the head and one for the body, as in the
-paper's alternation. The model of client k is (b, h_k); the head is the last ``head`` tensors of the
-model, weight and bias of its last layer. The message has zeros in the head's place, so that nothing
-of it is told and the algorithm runs over a network, too; the server's own head stays as it was
-drawn, and is what a client starts from that never took part.
+paper's alternation. A client of very few steps, T < 0.5 / (1 - head_share), so one or two at 0.8,
+trains its head alone. The model of client k is (b, h_k); the head is the last ``head`` tensors of
+the model, weight and bias of its last layer. The message has zeros in the head's place, so that
+nothing of it is told and the algorithm runs over a network, too; the server's own head stays as it
+was drawn, and is what a client starts from that never took part.
 """
 
 from __future__ import annotations

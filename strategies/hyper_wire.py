@@ -45,8 +45,8 @@ class Told:
         Bytes in these.
     link_messages, link_bytes : int
         What the network's links would carry.
-    products : int
-        Products with second derivatives, and gradients, of all clients.
+    gradients : int
+        Of all clients; a product with second derivatives counts as two.
     seconds : float
         Of it all.
     """
@@ -62,7 +62,7 @@ class Told:
     up: dict[str, int] = field(default_factory=dict)
     link_messages: int = 0
     link_bytes: int = 0
-    products: int = 0
+    gradients: int = 0
     seconds: float = 0.0
 
     def accept(

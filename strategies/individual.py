@@ -122,7 +122,7 @@ def unfit(trainer: Trainer) -> str:
     algorithm, optimizer = trainer.algorithm, trainer.optimizer
     if not isinstance(algorithm, Costing | Rooted):
         return ""
-    if optimizer.curvature or optimizer.along or optimizer.models(1):
+    if optimizer.curvature or optimizer.along or optimizer.models(2):
         return "its clients' cost is not the model's loss alone; use optimizer=sgd"
     if trainer.objective.buffer_layout.size and isinstance(algorithm, Costing):
         return "its clients train several models, and this one has buffers (BatchNorm)"

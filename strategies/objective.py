@@ -291,12 +291,10 @@ class Objective:
                 hits.append(outputs.argmax(-1) == target)
         return torch.cat(losses), torch.cat(hits) if hits else torch.zeros(0)
 
-    def evaluate(
-        self, theta: Tensor, buffers: Tensor, x: Tensor, y: Tensor
-    ) -> dict[str, float]:
-        """Return the mean loss, and the accuracy of a classification.
+    def predictor(self, theta: Tensor, buffers: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the model in evaluation mode as a function of inputs.
 
-        Of K learners (K d,), those of the mean of their probabilities; in a regression, outputs.
+        Of K learners (K d,), the mean of their probabilities; in a regression, of their outputs.
         """
         models, net = torch.split(theta, self.layout.size), self.net(buffers)
 
@@ -306,10 +304,13 @@ class Objective:
                 return outputs.mean(0)
             return outputs.log_softmax(-1).logsumexp(0) - math.log(len(models))
 
-        judge = functools.partial(self.judge, x=x, y=y)
-        losses, hits = (
-            judge(mixed) if len(models) > 1 else self.scores(theta, buffers, x, y)
-        )
+        return mixed if len(models) > 1 else functools.partial(net, theta)
+
+    def evaluate(
+        self, theta: Tensor, buffers: Tensor, x: Tensor, y: Tensor
+    ) -> dict[str, float]:
+        """Return the mean loss, and the accuracy of a classification (see `predictor`)."""
+        losses, hits = self.judge(self.predictor(theta, buffers), x, y)
         metrics = {"loss": float(losses.mean())}
         if self.classification:
             metrics["accuracy"] = float(hits.to(torch.float64).mean())

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from conftest import Result, found
+from conftest import Result, found, grid_of
 
 from app.compose import CONF
 from app.deployment import LINK, Deployment, end_all, marked
 from app.experiment import argument
+from app.local_grid import LocalGrid
 from app.records import read_summary
 from app.store import DirectoryStore
 
@@ -35,6 +36,8 @@ JOB = (
     "nodes=2",
     "evaluate_clients=none",
 )
+#: Whom the first and the second node host.
+HOSTED = ("0,2,4", "1,3,5")
 #: A SuperNode that says every few seconds that it lives, and is believed for 20 s.
 OFTEN = """
 import sys
@@ -198,6 +201,17 @@ class Lively(Deployment):
         return super()._start(name, command, home)
 
 
+def same_hosts(overrides: Sequence[str]) -> LocalGrid:
+    """Return the local runtime with the clients of `two_nodes`.
+
+    A node's mean is rounded before it is sent, so who trains where shows in the last bits.
+    """
+    grid = grid_of(overrides, 0)
+    for clients in HOSTED:
+        grid.add_node({"clients": clients})
+    return grid
+
+
 def two_nodes(
     folder: Path, kind: Callable[[Path], Deployment] = Deployment
 ) -> Deployment:
@@ -205,7 +219,7 @@ def two_nodes(
     deployment = kind(folder)
     try:
         deployment.start_link()
-        for i, clients in enumerate(("0,2,4", "1,3,5"), start=1):
+        for i, clients in enumerate(HOSTED, start=1):
             deployment.add_node(f"node-{i}", {"clients": clients})
             deployment.start_node(f"node-{i}")
         deployment.wait_online(2)

@@ -23,7 +23,7 @@ import torch
 from books import EVERY, STATEFUL, audited
 from conftest import Result
 from hypothesis import HealthCheck, settings
-from jobs import JOB, Job, Lively, two_nodes
+from jobs import JOB, Job, Lively, same_hosts, two_nodes
 
 from app.deploy import own_data
 from app.deployment import Deployment
@@ -114,7 +114,7 @@ def test_kill_9_at_random(
         tally = tallies[name]
         given = [*JOB, *EVERY[name], f"rounds={rounds}"]
         if name not in truth:
-            truth[name] = run(*given, "processes=0", quick=())
+            truth[name] = run(*given, grid=same_hosts, quick=())
         place = f"job-{SEED}-{repetition}"
         job = Job(deployment, place, [*given, "deadline=75", "attempts=50"])
         job.submit()
