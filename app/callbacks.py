@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from app.config import Stop
+from app.errors import UserError
 
 Record = Mapping[str, Any]
 Callback = Callable[[Record], tuple[bool, dict[str, float]]]
@@ -69,9 +70,29 @@ class Patience:
         }
 
 
-def stops(stop: Stop) -> list[Callback]:
-    """Return the callbacks that the configuration's ``stop`` asks for."""
+def stops(stop: Stop, judged: int, classes: int) -> list[Callback]:
+    """Return the callbacks that the configuration's ``stop`` asks for.
+
+    Parameters
+    ----------
+    stop : Stop
+        The settings.
+    judged : int
+        How many samples the server judges by.
+    classes : int
+        0 in a regression.
+
+    Raises
+    ------
+    UserError
+        If they would never see what they wait for.
+    """
     found: list[Callback] = []
+    for name in ("accuracy", "patience"):
+        if getattr(stop, name) is not None and not judged:
+            raise UserError(f"stop.{name}: the server has no samples to judge by")
+    if stop.accuracy is not None and not classes:
+        raise UserError("stop.accuracy: a regression has none; use stop.patience")
     if stop.accuracy is not None:
         found.append(Target(stop.accuracy))
     if stop.patience is not None:

@@ -88,7 +88,8 @@ class Run:
         self.federation = strategy(self.config, local)
         self.rounds = Rounds(self.federation, self.config, say)
         self.outer = outer(self.federation, self.config, say)
-        self.callbacks = [*stops(self.config.stop), *callbacks]
+        judged, classes = len(self.test.y), self.setting.dataset.classes
+        self.callbacks = [*stops(self.config.stop, judged, classes), *callbacks]
         self.records: list[dict[str, Any]] = []
         self.first = 1
         self.directory = self._resume() if self.config.resume else self._create()

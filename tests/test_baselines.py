@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from quadratics import (
 )
 from torch import Tensor, nn
 
+from app import judging
 from app.config import load
 from app.errors import UserError
 from app.host import objective, setting, trainer
@@ -611,6 +613,36 @@ def test_personal_models_on_a_complete_network_are_those_of_a_server(
         assert [float(v) for v in a[2:]] == pytest.approx(
             [float(v) for v in b[2:]], abs=1e-8
         )
+
+
+def test_a_mixture_is_judged_on_the_test_set_too(run: Callable[..., Result]) -> None:
+    """By the mean of its learners' probabilities, as the server's model is."""
+    given = ("strategy=pushsum", "strategy@strategy.solver=fedem", "topology=complete")
+    result = run(*SETTING, *given, "clients_per_round=6", "strategy.judge_samples=9999")
+    told = result.summary["clients"]["accuracy_mean"]
+    assert told == pytest.approx(result.summary["accuracy"], abs=0.02)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedrep", "ditto", "fedem"])
+def test_an_optimizer_whose_answer_nobody_asks_for_is_refused(strategy: str) -> None:
+    with pytest.raises(UserError, match="optimizer=richardson: answers with a direc"):
+        load([f"strategy={strategy}", "optimizer=richardson"])
+
+
+def test_who_diverged_stays_in_the_mean(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = judging.scored
+
+    def scored(run: Any, predict: Any, node: Any, k: int) -> dict[str, Any]:
+        row = real(run, predict, node, k)
+        return row | {"loss": float("nan")} if k == 1 else row
+
+    monkeypatch.setattr(judging, "scored", scored)
+    result = run(*SETTING, "strategy=finetune", "clients_per_round=6", "rounds=1")
+    told = {int(r[1]): float(r[3]) for r in scores(result)}
+    assert told.keys() == set(range(6)) and told[1] == 0.0
+    assert result.summary["clients"]["loss_mean"] == pytest.approx(1e30 / 6)
 
 
 def test_a_client_is_judged_by_the_memory_that_the_server_accepted(

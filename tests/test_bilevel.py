@@ -485,6 +485,32 @@ def test_what_is_lost_begins_anew(run: Door) -> None:
     assert all(r["clients"]["failed"] == {} for r in result.records[5:])
 
 
+def test_one_that_is_lost_does_not_cost_the_others_their_scores(run: Door) -> None:
+    kept = Kept()
+
+    def forget(record: dict[str, Any]) -> Any:
+        for context in kept.grid._contexts.values():
+            for key in [k for k in context.state if k.startswith("hyper.1.")]:
+                del context.state[key]
+        return False, {}
+
+    given = "strategy=fedavg", "personal=hgp", "personal.every=2", "rounds=4"
+    skip = "lost_state=skip", "clients_per_round=6", "nodes=1"
+    result = run(*PLAIN, *given, *skip, grid=kept, callbacks=[forget])
+    assert "is lost" in result.records[4]["clients"]["failed"]["1"]
+    assert result.records[4]["clients"]["accuracy_mean"] > 0
+
+
+@pytest.mark.parametrize("outer", [0, 2])
+def test_gradients_count_what_was_computed(run: Door, outer: int) -> None:
+    given = [*PLAIN, "strategy=fedavg", "rounds=3", "personal.power_steps=0"]
+    plain = run(*given[:-1]).summary["gradients"]
+    own = ["personal=hgp", f"personal.every={outer}", "personal.depth=3"]
+    more = run(*given, *own).summary["gradients"] - plain
+    # Of six clients: one gradient, two steps of two products each, and one of one.
+    assert more == (6 * (1 + 2 * 4 + 2) if outer else 0)
+
+
 @pytest.mark.parametrize(
     ("given", "line"),
     [

@@ -22,6 +22,7 @@ from app import experiment
 from app.compose import PARTS, names
 from app.config import FIRST_CLASS, Config, from_run_config, load, to_run_config
 from app.errors import UserError
+from app.experiment import run_flower
 
 ROOT = Path(__file__).resolve().parent.parent
 Door = Callable[..., str]
@@ -254,6 +255,7 @@ def door(
         (["partition=iid", "clients=2000"], ["2000"]),
         # Not an override at all.
         (["rounds"], ["'rounds' is not key=value"]),
+        (["strategy@strategy.solver=fedprox", "rounds=3"], ["configuration: "]),
         (["rounds=[1"], ["rounds=[1"]),
         (["name=../up"], ["name"]),
         (["name=a/b"], ["name"]),
@@ -443,3 +445,30 @@ def test_a_sweep_by_joblib_runs_its_jobs_side_by_side(tmp_path: Path) -> None:
     assert sorted(summary["seed"] for summary in found) == [0, 1]
     assert {summary["status"] for summary in found} == {"finished"}
     assert (folder / "summary.md").exists()
+
+
+FAKE = """#!{python}
+import sys
+if "run" in sys.argv[:2]:
+    print("Successfully started run 7")
+else:
+    print('{{"success": true, "runs": [{{"run-id": "7", "status": "{status}"}}]}}')
+"""
+
+
+@pytest.mark.parametrize("status", ["completed", "failed", "stopped"])
+def test_a_run_that_did_not_complete_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    """The log of a ServerApp that was killed ends without a word."""
+    text = FAKE.format(python=sys.executable, status=f"finished:{status}")
+    (tmp_path / "flwr").write_text(text)
+    (tmp_path / "flwr").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    told: list[str] = []
+    if status == "completed":
+        run_flower([*QUICK], told.append)
+    else:
+        with pytest.raises(UserError, match="run 7 did not complete"):
+            run_flower([*QUICK], told.append)
+    assert told == ["Successfully started run 7"]

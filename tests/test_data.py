@@ -310,6 +310,9 @@ def test_imagefolder_cache_follows_the_pictures(pictures, tmp_path):
     with pytest.raises(UserError) as caught:
         imagefolder(str(pictures), cache=str(cache))
     one_line(caught, "cache", "delete")
+    with pytest.raises(UserError) as caught:
+        imagefolder(str(pictures), cache=str(cache / "below" / "a.npz"))
+    one_line(caught, "cache")
 
 
 def test_imagefolder_mistakes(pictures, tmp_path):

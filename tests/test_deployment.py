@@ -28,7 +28,7 @@ from jobs import JOB, Job, Lively, two_nodes
 from app import credentials
 from app.compose import CONF
 from app.config import load
-from app.deploy import hosting, settings
+from app.deploy import deploy, hosting, settings
 from app.deployment import MARK, Deployment, end_all, free_ports, marked
 from app.errors import UserError
 from app.peaks import Peaks, peak
@@ -65,8 +65,12 @@ def test_credentials_are_what_they_should_be(tmp_path: Path) -> None:
         credentials.authority(tmp_path)
     with pytest.raises(UserError, match="not replaced"):
         credentials.node_key(tmp_path / "node-1")
-    with pytest.raises(UserError, match="every address"):
-        credentials.server(tmp_path, [])
+    for hosts, line in (([], "every address"), (["münchen.de"], "as in the DNS")):
+        with pytest.raises(UserError, match=line):
+            credentials.server(tmp_path, hosts)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/d: "):
+        Deployment(tmp_path / "file" / "d")
 
 
 def test_a_certificate_is_renewed_with_its_key_or_not_at_all(
@@ -96,6 +100,12 @@ def test_a_deployments_settings_are_those_of_its_nodes() -> None:
     assert config.data.name == "described" and config.deadline == 600
     with pytest.raises(UserError, match=r"data\.\w+ has no value"):
         load(["deployment=own_data"])
+    # A preset is run as it is.
+    preset = load(settings(["experiment=digits"]))
+    assert preset.rounds == load(["experiment=digits"]).rounds != 5
+    assert preset.client_test == 0 and preset.min_replies == 1
+    with pytest.raises(UserError, match="nodes=3: a node without a client"):
+        deploy(["clients=2", "clients_per_round=2"], lambda _: None)
     with pytest.raises(UserError, match="no deployment is called 'own'"):
         load(["deployment=own"])
 

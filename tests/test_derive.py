@@ -136,8 +136,12 @@ def test_the_runs_own_training_is_differentiable(dropout: str) -> None:
     torch.testing.assert_close(pushed, truth, rtol=0, atol=1e-10)
 
 
-def test_train_is_what_a_round_of_fedavg_does(run: Callable[..., object]) -> None:
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_train_is_what_a_round_of_fedavg_does(
+    run: Callable[..., object], decay: float
+) -> None:
     given = (*QUICK, "dtype=float64", "strategy=fedavg", "rounds=1")
+    given += (f"optimizer.weight_decay={decay}",)
     sites, theta = places(given)
     lr = torch.tensor(0.1, dtype=theta.dtype)
     models = [FUNCTIONS["train"](s, theta, lr) * len(s.y) for s in sites]
@@ -153,6 +157,19 @@ def test_train_is_what_a_round_of_fedavg_does(run: Callable[..., object]) -> Non
     run(*given, callbacks=[look], edit=edit)
     ours = kept[0].federation.server["theta"]  # type: ignore[attr-defined]
     torch.testing.assert_close(ours, mean, rtol=0, atol=1e-12)
+
+
+def test_train_takes_plain_steps_only() -> None:
+    sites, theta = places((*QUICK, "strategy=fedavg", "optimizer.momentum=0.9"))
+    with pytest.raises(ValueError, match="optimizer=sgd"):
+        FUNCTIONS["train"](sites[0], theta, torch.tensor(0.1))
+
+
+def test_numbers_have_the_models_dtype_whatever_the_samples_have() -> None:
+    sites, theta = places((*QUICK, "strategy=fedavg"))
+    words = replace(sites[0], x=torch.zeros(3, 8, dtype=torch.int64))
+    for name in ("one", "samples"):
+        assert FUNCTIONS[name](words).dtype == theta.dtype
 
 
 def test_mistakes_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

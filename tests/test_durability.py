@@ -130,6 +130,15 @@ def test_a_node_keeps_the_memories_of_the_last_runs(tmp_path: Path) -> None:
     assert (tmp_path / f"{4:016x}").exists()
 
 
+def test_a_long_runs_memories_outlive_short_runs(tmp_path: Path) -> None:
+    long = directory_of(tmp_path, "f" * 16)
+    for i in range(9):
+        os.utime(long, (1, 1))
+        directory_of(tmp_path, "f" * 16)  # it is at work still
+        directory_of(tmp_path, f"{i:016x}")
+    assert long.exists() and len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_node_touches_nothing_else_in_its_state_dir(tmp_path: Path) -> None:
     for i in range(9):
         (tmp_path / f"mine-{i}").mkdir()

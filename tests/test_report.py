@@ -69,6 +69,20 @@ def test_groups_differ_only_in_their_seed(runs):
     }
 
 
+def test_seeds_of_an_algorithm_that_draws_are_one_group(tmp_path):
+    for seed in range(3):
+        same = {"data": {"seed": 0}}
+        hyper = settings("fedopt_hyper", seed=seed) | {"coin": {"seed": seed}} | same
+        write(tmp_path / f"hyper-{seed}", hyper, [0.1, 0.2])
+        plain = settings("fedavg", seed=seed) | same
+        write(tmp_path / f"avg-{seed}", plain, [0.1, 0.2])
+    groups = report.group(report.load([tmp_path]))
+    assert {label: len(of) for label, of in groups.items()} == {
+        "strategy=fedavg": 3,
+        "strategy=fedopt_hyper": 3,
+    }
+
+
 def test_a_run_is_read_once_and_in_natural_order(runs):
     write(runs / "dyn-10", settings(alpha=0.1, seed=10), [0.1])
     loaded = report.load([runs, runs / "avg"])

@@ -14,10 +14,11 @@ import pytest
 import torch
 import yaml
 from conftest import QUICK, Result, grid_of
+from flwr.app import Message, RecordDict
 
 from app.callbacks import Patience
 from app.compose import CONF
-from app.config import load
+from app.config import load, to_run_config
 from app.errors import UserError
 from app.experiment import run_local
 from app.host import hosted, objective, setting
@@ -354,6 +355,31 @@ def test_patience_ends_the_run(run: Door) -> None:
     assert result.records[3]["callbacks"] == {"evaluations_without_gain": 2}
 
 
+def test_patience_of_a_resumed_run_is_that_of_an_undisturbed_one(
+    run: Door, tmp_path: Path
+) -> None:
+    given = ("rounds=50", "stop.patience=2", "stop.least=0.9", "checkpoint_every=1")
+    with pytest.raises(Killed):
+        run(*given, "name=half", callbacks=[die(2)])
+    resumed = run(*given, f"resume={tmp_path}/runs/half")
+    assert resumed.summary["rounds"] == 3
+
+
+def test_what_nobody_judges_ends_no_run(run: Door) -> None:
+    nowhere = ("data=described", "data.shape=[1,8,8]", "data.classes=10")
+    with pytest.raises(UserError, match=r"stop\.patience: .*no samples to judge"):
+        run(*nowhere, "stop.patience=3", grid=named())
+    regression = (
+        "data=quadratics",
+        "partition=natural",
+        "model=linear",
+        "clients=4",
+        "clients_per_round=4",
+    )
+    with pytest.raises(UserError, match=r"stop\.accuracy: .*regression"):
+        run(*regression, "stop.accuracy=0.5", quick=("rounds=1",))
+
+
 def test_patience_reads_a_loss_that_was_not_finite() -> None:
     """As it is read back from a run that is resumed."""
     waiting = Patience(3)
@@ -458,6 +484,23 @@ def test_a_finished_run_can_be_made_longer(run: Door) -> None:
     short = run("rounds=3", "checkpoint_every=3")
     longer = run("rounds=6", "checkpoint_every=3", f"resume={short.path}")
     assert torch.equal(longer.theta, run("rounds=6").theta)
+    assert yaml.safe_load((short.path / "config.yaml").read_text())["rounds"] == 6
+
+
+def test_what_the_program_advises_to_change_may_change(
+    run: Door, tmp_path: Path
+) -> None:
+    given = ("rounds=4", "checkpoint_every=1", "lost_state=fail")
+    with pytest.raises(Killed):
+        run(*given, "name=half", callbacks=[die(3)])
+    # A later one of the same settings, which died before its first checkpoint.
+    (tmp_path / "runs" / "later").mkdir()
+    config = (tmp_path / "runs" / "half" / "config.yaml").read_text()
+    (tmp_path / "runs" / "later" / "config.yaml").write_text(config)
+    other = ("lost_state=skip", "min_replies=1", "min_clients=2", "threads=2")
+    resumed = run("rounds=4", "checkpoint_every=1", *other, "resume=auto")
+    assert resumed.path == tmp_path / "runs" / "half"
+    equal(resumed, run("rounds=4", "name=full", callbacks=[die(0)]))
 
 
 def test_other_settings_cannot_be_resumed(run: Door, tmp_path: Path) -> None:
@@ -554,6 +597,8 @@ def test_only_the_nodes_have_data(run: Door, tmp_path: Path) -> None:
     assert torch.equal(result.theta, everywhere.theta)
     assert result.summary["accuracy"] is None
     assert result.summary["clients"]["accuracy_mean"] > 0
+    asked = run(*nowhere, "evaluate_clients=cohort", grid=named(*nodes))
+    assert asked.summary["clients"] == result.summary["clients"]
     with pytest.raises(UserError, match="data-path"):
         run(*nowhere, grid=named({"clients": "0-5"}))
     wrong = ("data=described", "data.shape=[1,9,9]", "data.classes=10")
@@ -677,6 +722,21 @@ def test_zero_rounds_leave_the_initial_model(run: Door) -> None:
     layout = objective(load(QUICK), setting(QUICK).dataset).layout
     for name, tensor in layout.unflatten(theta).items():
         assert torch.equal(result.model[name], tensor)
+
+
+def test_what_comes_too_late_is_forgotten(tmp_path: Path) -> None:
+    grid = LocalGrid(to_run_config([*QUICK, f"output_dir={tmp_path}"]), 2, 1)
+    nodes = list(grid.get_node_ids())
+
+    def asked() -> list[Message]:
+        return [Message(RecordDict(), n, "query.roll_call") for n in nodes]
+
+    assert list(grid.send_and_receive(asked(), timeout=0)) == []
+    (worker,) = grid._workers
+    assert worker.busy is not None and not worker.waiting  # the second is never begun
+    # One process works in turn, so the late reply came before these.
+    assert len(list(grid.send_and_receive(asked(), timeout=60))) == 2
+    assert grid._late == set() and grid._replies == {}
 
 
 def test_a_dead_worker_costs_a_round_and_no_more(tmp_path: Path) -> None:
