@@ -159,6 +159,13 @@ def load(overrides: Sequence[str]) -> Config:
 
 @functools.lru_cache(maxsize=32)
 def _load(overrides: tuple[str, ...]) -> Config:
+    config = _typed(overrides)
+    _check(config)
+    return config
+
+
+def _typed(overrides: tuple[str, ...]) -> Config:
+    """Compose and type a configuration whose settings may not go together."""
     composed = compose(overrides)
     choices = composed.hydra.runtime.choices
     with open_dict(composed):
@@ -182,11 +189,9 @@ def _load(overrides: tuple[str, ...]) -> Config:
         plain.pop(kind, None)
     plain.pop("study", None)  # what a preset says of its study is none of a run's
     try:
-        config = Config(**plain)
+        return Config(**plain)
     except ValidationError as error:
         raise UserError(explain(error)) from None
-    _check(config)
-    return config
 
 
 def _check(config: Config) -> None:
@@ -261,7 +266,7 @@ def _check_optimizer(config: Config) -> None:
         return
     fitting = []
     for name in names("optimizer"):
-        other = load([f"optimizer={name}"]).optimizer
+        other = _typed((f"optimizer={name}",)).optimizer
         if not missing(algorithm, bind("optimizer", other)()):
             fitting.append(f"optimizer={name}")
     raise UserError(

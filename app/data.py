@@ -182,6 +182,7 @@ def digits(validation: Fraction = 0.0, seed: Seed = 0) -> Dataset:
 def described(
     shape: Sequence[Annotated[int, Field(ge=1)]],
     classes: Annotated[int, Field(ge=0)],
+    labels: Sequence[str] | None = None,
 ) -> Dataset:
     """Describe data that only the nodes of a deployment hold.
 
@@ -194,8 +195,18 @@ def described(
         Shape of one input.
     classes : int
         Number of classes; 0 is a regression.
+    labels : sequence of str or None
+        Their names, by which the nodes' folders of pictures are known; 0, 1, ... by default.
+
+    Raises
+    ------
+    UserError
+        If there are not as many names as classes.
     """
+    names = list(labels or map(str, range(classes)))
+    if len(set(names)) != classes or len(names) != classes:
+        raise UserError(f"data.labels: {len(set(names))} names for {classes} classes")
     dtype = torch.int64 if classes else torch.float32
     none = Split(torch.zeros(0, *shape), torch.zeros(0, dtype=dtype))
     loss = "cross_entropy" if classes else "squared"
-    return Dataset(none, none, classes, loss, None, [str(c) for c in range(classes)])
+    return Dataset(none, none, classes, loss, None, names)

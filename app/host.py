@@ -22,7 +22,7 @@ from app.binding import Group, bind
 from app.config import Config, device_of, load
 from app.data import Dataset, Split
 from app.errors import UserError
-from app.images import imagefolder
+from app.images import alike
 from app.layers import noise_shapes
 from app.learners import modules, personal
 from app.shift import shifted
@@ -258,12 +258,14 @@ def local_samples(path: str, label: str, overrides: tuple[str, ...]) -> Samples:
         If nothing usable is there.
     """
     config = load(overrides)
-    file = Path(path).expanduser()
-    if file.suffix == ".npz":
-        dataset = npz(path=str(file), label=label)
-    else:
-        dataset = imagefolder(root=str(file))
+    file, given = Path(path).expanduser(), config.data.options
     expected = undivided(overrides)
+    if file.suffix == ".npz":
+        scale = given.get("scale", 1.0) if config.data.name == "npz" else 1.0
+        dataset = npz(path=str(file), label=label, scale=scale)
+    else:
+        numbers = (given.get(name, [0.5]) for name in ("mean", "std"))
+        dataset = alike(str(file), expected, *numbers)
     shape, classes = tuple(expected.train.x.shape[1:]), expected.classes
     if tuple(dataset.train.x.shape[1:]) != shape:
         found = tuple(dataset.train.x.shape[1:])

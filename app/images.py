@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
@@ -101,6 +102,36 @@ def imagefolder(
     ]
     data = Dataset(splits[0], splits[1], len(names), "cross_entropy", None, names)
     return hold_out(data, validation, seed)
+
+
+def alike(
+    root: str, like: Dataset, mean: Sequence[float], std: Sequence[float]
+) -> Dataset:
+    """Return a node's own pictures in the size, channels and class numbers of a run's data.
+
+    Raises
+    ------
+    UserError
+        If the run's inputs are no square pictures, or it does not know a class.
+    """
+    shape = tuple(like.train.x.shape[1:])
+    if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2]:
+        raise UserError(
+            f"{root}: a folder holds square pictures of one or three channels; the run's "
+            f"inputs have the shape {shape}"
+        )
+    data = imagefolder(root, shape[1], shape[0] == 1, mean, std)
+    for name in data.labels:
+        if name not in like.labels:
+            raise UserError(
+                f"{root}: class '{name}' is none of the run's {', '.join(like.labels[:9])}; "
+                "with data=described, data.labels=[...] names them"
+            )
+    # A node need not have all classes, so its own order of names says nothing.
+    numbers = torch.tensor([like.labels.index(name) for name in data.labels])
+    train, test = (Split(p.x, numbers[p.y]) for p in (data.train, data.test))
+    known = like.classes, like.labels
+    return replace(data, train=train, test=test, classes=known[0], labels=known[1])
 
 
 def _tensor(array: np.ndarray) -> Tensor:

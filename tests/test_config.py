@@ -66,6 +66,7 @@ def test_every_choice_of_every_group_composes() -> None:
     needs |= {f"faults={name}": [network] for name in names("faults")}
     needs["estimate=hypergrad"] = list(LOGISTIC)
     needs["estimate=influence"] = [*LOGISTIC, "client_validation=0.25"]
+    needs["optimizer=richardson"] = ["strategy=done"]
     needs["personal=hgp"] = ["client_validation=0.2"]
     needs["topology=file"] = [network, "topology.path=x.txt"]
     for group in PARTS:

@@ -17,6 +17,7 @@ from PIL import Image
 from app.arrays import npz
 from app.data import Dataset, digits, hold_out, split_mask
 from app.errors import UserError
+from app.host import local_samples
 from app.images import imagefolder
 from app.synthetic import (
     quadratics,
@@ -313,6 +314,32 @@ def test_imagefolder_cache_follows_the_pictures(pictures, tmp_path):
     with pytest.raises(UserError) as caught:
         imagefolder(str(pictures), cache=str(cache / "below" / "a.npz"))
     one_line(caught, "cache")
+
+
+def test_a_nodes_own_pictures_are_known_by_the_names_of_their_classes(pictures):
+    """Nodes need not have the same classes, and their pictures not the run's size."""
+    given = ["data=described", "data.shape=[1,8,8]", "data.classes=3"]
+    named = (*given, "data.labels=[dog,cat,ant]")
+    mine = local_samples(str(pictures), "y", named)
+    assert mine.train.x.shape == (6, 1, 8, 8)
+    assert sorted(mine.train.y.tolist()) == [1, 1, 1, 2, 2, 2]
+    assert float(mine.train.x[mine.train.y == 1].max()) < -0.8  # cats are dark
+    for other, words in (
+        (given, ["class 'ant'", "0, 1, 2"]),
+        ([*given, "data.labels=[dog,cat]"], ["2 names for 3 classes"]),
+        (["data=described", "data.shape=[64]", "data.classes=2"], ["(64,)"]),
+    ):
+        with pytest.raises(UserError) as caught:
+            local_samples(str(pictures), "y", tuple(other))
+        one_line(caught, *words)
+
+
+def test_a_nodes_own_numbers_are_scaled_as_the_runs(tmp_path):
+    x, y = np.full((20, 4), 255.0, np.float32), np.arange(20) % 2
+    np.savez(tmp_path / "mine.npz", x=x, y=y)
+    given = ("data=npz", f"data.path={tmp_path}/mine.npz", "data.scale=255")
+    mine = local_samples(str(tmp_path / "mine.npz"), "y", given)
+    assert float(mine.train.x.max()) == 1.0
 
 
 def test_imagefolder_mistakes(pictures, tmp_path):
