@@ -17,6 +17,7 @@ from strategies.objective import Batch
 from strategies.randomness import generator
 from strategies.sgd import SGD
 from strategies.step import clip
+from strategies.tuned_sgd import TunedSGD
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def train(site: Site, theta: Tensor, lr: Tensor) -> Tensor:
     """
     trainer, first = _present(site.trainer), 0
     how = trainer.optimizer
-    if not isinstance(how, SGD) or how.momentum:
+    if not isinstance(how, SGD | TunedSGD) or (isinstance(how, SGD) and how.momentum):
         raise ValueError("train takes plain steps: optimizer=sgd optimizer.momentum=0")
     local, who = trainer.local, [site.id]
     for drawn in orders(local, site.seed, site.round, who, len(site.y)):
