@@ -6,6 +6,8 @@ A wrong name is answered in one line, with the nearest right one.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import hydra
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from app.errors import UserError, nearest
@@ -44,8 +47,15 @@ def names(group: str) -> list[str]:
     return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
 
 
-def compose(overrides: tuple[str, ...]) -> DictConfig:
+def compose(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
     """Compose the configuration of some overrides.
+
+    Returns
+    -------
+    DictConfig
+        The settings.
+    dict
+        The choice of each group.
 
     Raises
     ------
@@ -74,9 +84,21 @@ def compose(overrides: tuple[str, ...]) -> DictConfig:
     groups = tuple(
         o for o, p in zip(overrides, parsed, strict=True) if p.key_or_group in GROUPS
     )
+    rest = [p for p in parsed if p.key_or_group not in GROUPS]
+    if not any(_special(p) for p in rest):
+        try:
+            config, choices = _chosen(groups)
+            config = copy.deepcopy(config)
+            for override in rest:  # as Hydra does it
+                OmegaConf.update(
+                    config, override.key_or_group, override.value(), merge=True
+                )
+            return config, choices
+        except (HydraException, OmegaConfBaseException, ValueError):
+            pass  # and as a whole below, for what there is to say
     with _hydra():
         try:
-            return hydra.compose("config", list(overrides), return_hydra_config=True)
+            return _whole(overrides)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             known = set()
             if len(groups) < len(overrides):
@@ -89,6 +111,33 @@ def compose(overrides: tuple[str, ...]) -> DictConfig:
                         f"no setting is called '{key}'; {_near(key, known)}"
                     ) from None
             raise UserError(f"configuration: {first_line(error)}") from None
+
+
+def _special(override: Override) -> bool:
+    """Return whether an override does more than change a value that is there."""
+    return (
+        override.is_add()
+        or override.is_force_add()
+        or override.is_delete()
+        or override.is_sweep_override()
+        or override.is_hydra_override()
+        or override.package is not None
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _chosen(groups: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
+    """Compose choices alone: reading and merging two dozen files is most of the work."""
+    with _hydra():
+        return _whole(groups)
+
+
+def _whole(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
+    config = hydra.compose("config", list(overrides), return_hydra_config=True)
+    choices = dict(config.hydra.runtime.choices)
+    with open_dict(config):
+        del config["hydra"]
+    return config, choices
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from hydra.core.override_parser.types import Quote, QuotedString
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
@@ -166,10 +166,7 @@ def _load(overrides: tuple[str, ...]) -> Config:
 
 def _typed(overrides: tuple[str, ...]) -> Config:
     """Compose and type a configuration whose settings may not go together."""
-    composed = compose(overrides)
-    choices = composed.hydra.runtime.choices
-    with open_dict(composed):
-        del composed["hydra"]
+    composed, choices = compose(overrides)
     for key in sorted(OmegaConf.missing_keys(composed)):
         raise UserError(f"{key} has no value; give one: {key}=...")
     try:

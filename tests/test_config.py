@@ -18,7 +18,7 @@ from conftest import QUICK, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app import experiment
+from app import compose, config, experiment
 from app.compose import PARTS, names
 from app.config import FIRST_CLASS, Config, from_run_config, load, to_run_config
 from app.errors import UserError
@@ -75,6 +75,28 @@ def test_every_choice_of_every_group_composes() -> None:
             choice = f"{group}={name}"
             config = load([choice, *needs.get(choice, [])])
             assert getattr(config, group).name == name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("seed=3", "strategy=feddyn", "strategy.alpha=0.3", "targets=[0.1,0.2]"),
+        ("experiment=digits", "rounds=3", "model.hidden=[8,9]"),
+        (
+            *("strategy=pushsum", "topology=k_out", "strategy@strategy.solver=ditto"),
+            *("strategy.solver.lam=0.3", "faults.crash={3: 10}"),
+        ),
+        ("personal=hgp", "client_validation=0.2", "personal.lr={class_weights:1.0}"),
+        ("deployment=shared_data", "name='odd \"x\" 1'", "output_dir='/a b'"),
+    ],
+    ids=" ".join,
+)
+def test_choices_that_are_composed_once_serve_any_values(
+    given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = config._typed(given)
+    monkeypatch.setattr(compose, "_special", lambda _: True)  # all by Hydra itself
+    assert config._typed(given) == ours
 
 
 # Through Flower and back.
