@@ -82,5 +82,6 @@ case $command in
     report) exec python -m app.report "$@" ;;
     deploy) exec python -m app.deploy "$@" ;;
     bench) exec python -m bench "$@" ;;
-    test) exec python -m pytest -n 2 --dist loadfile "$@" ;;
+    # In the order of the files: those that wait for processes then run beside those that compute.
+    test) exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" ;;
 esac
