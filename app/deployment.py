@@ -232,8 +232,7 @@ class Deployment:
         """
         end = time.monotonic() + patience
         while time.monotonic() < end:
-            dead = [n for n, p in self.nodes.items() if p.poll() is not None]
-            if dead:
+            if dead := [n for n, p in self.nodes.items() if p.poll() is not None]:
                 raise UserError(f"{dead[0]} has ended; see {self.log(dead[0])}")
             online = [n for n in self.listed() if n["status"] == "online"]
             if len(online) >= count:
