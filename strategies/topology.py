@@ -174,19 +174,27 @@ def base(n: int, seed: int, peers: Annotated[int, Ge(1)] = 1) -> Edges:
 
 
 def erdos_renyi(
-    n: int, seed: int, p: Probability | None = None, fresh: bool = False
+    n: int,
+    seed: int,
+    p: Probability | None = None,
+    fresh: bool = False,
+    directed: bool = True,
 ) -> Edges:
     """Each arc is there with probability p, by default 2 ln(n) / n.
 
-    ``fresh`` draws a new network each round; otherwise one is drawn, strongly connected.
+    ``fresh`` draws a new network each round; otherwise one is drawn, strongly connected, and if it
+    is not ``directed`` every arc comes with its reverse.
     """
+    if fresh and not directed:
+        raise ValueError("directed=false: one network is drawn; use fresh=false")
     p = min(1.0, 2 * math.log(max(n, 2)) / n) if p is None else p
     if fresh:
         return lambda t: _gnp(n, p, random(seed, "topology", t))
 
     def once(attempt: int) -> Arcs:
         word = address(seed, "topology", 0, attempt)
-        graph = nx.fast_gnp_random_graph(n, p, seed=word % 2**32, directed=True)
+        graph = nx.fast_gnp_random_graph(n, p, seed=word % 2**32, directed=directed)
+        graph = graph.to_directed()
         pairs = np.array(list(graph.edges), dtype=np.int64).reshape(-1, 2)
         return _arcs(pairs[:, 0], pairs[:, 1])
 

@@ -32,6 +32,7 @@ TOPOLOGIES = {
     "base": topology.base,
     "base_3": lambda n, seed: topology.base(n, seed, peers=3),
     "er_fixed": topology.erdos_renyi,
+    "er_undirected": lambda n, seed: topology.erdos_renyi(n, seed, directed=False),
     "er_fresh": lambda n, seed: topology.erdos_renyi(n, seed, fresh=True),
     "k_out": lambda n, seed: topology.k_out(n, seed, k=min(2, max(n - 1, 1))),
     "geometric": topology.geometric,
