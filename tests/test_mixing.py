@@ -434,14 +434,20 @@ def test_stochastic_networks_keep_arcs_with_their_own_probabilities() -> None:
     assert off.min() > 0.32
     assert off.max() < 0.88
     assert off.std() > 0.05
-    one = topology.stochastic(5, 0, directed=False)(0)
-    pairs = set(zip(one.src, one.dst, strict=True))
-    assert pairs == {(b, a) for a, b in pairs}
+    for edges in (
+        topology.stochastic(5, 0, directed=False),
+        topology.erdos_renyi(20, 0, p=0.5, directed=False),
+    ):
+        one = edges(0)
+        pairs = set(zip(one.src, one.dst, strict=True))
+        assert pairs == {(b, a) for a, b in pairs}
 
 
 def test_networks_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="strongly connected"):
         topology.erdos_renyi(50, 0, p=0.001)
+    with pytest.raises(ValueError, match="one network is drawn"):
+        topology.erdos_renyi(5, 0, fresh=True, directed=False)
     with pytest.raises(ValueError, match="at most 4 others"):
         topology.k_out(5, 0, k=5)
     with pytest.raises(ValueError, match="all pairs"):
