@@ -18,6 +18,7 @@ from torch import Tensor
 from app.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -104,6 +105,33 @@ def split_mask(groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return chosen
 
 
+def _groups(dataset: Dataset) -> np.ndarray:
+    """Return the natural client of each training sample, or else its class, (n,)."""
+    if dataset.natural is not None:
+        return dataset.natural
+    y = dataset.train.y.numpy()
+    return y if dataset.classes else np.zeros(len(y), dtype=np.int64)
+
+
+def thin(dataset: Dataset, share: float, seed: int) -> Dataset:
+    """Use only a share of the training split, as large of each client or class.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The data as they are.
+    share : float
+        How much to keep, in (0, 1]; 1 returns ``dataset`` unchanged. The test split stays.
+    seed : int
+        Decides which samples.
+    """
+    if share == 1:
+        return dataset
+    kept = ~split_mask(_groups(dataset), 1 - share, seed)
+    natural = None if dataset.natural is None else dataset.natural[kept]
+    return replace(dataset, train=dataset.train.take(kept), natural=natural)
+
+
 def hold_out(dataset: Dataset, validation: float, seed: int) -> Dataset:
     """Replace the test split by a part of the training split, for tuning.
 
@@ -128,11 +156,7 @@ def hold_out(dataset: Dataset, validation: float, seed: int) -> Dataset:
         raise UserError(f"validation={validation}: a share in [0, 1) is needed.")
     if validation == 0:
         return dataset
-    groups = dataset.natural
-    if groups is None:
-        y = dataset.train.y.numpy()
-        groups = y if dataset.classes else np.zeros(len(y), dtype=np.int64)
-    out = split_mask(groups, validation, seed)
+    out = split_mask(_groups(dataset), validation, seed)
     if not out.any():
         raise UserError(
             f"validation={validation} holds out no sample of {len(out)}: a larger "

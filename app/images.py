@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from app.data import Dataset, Fraction, Positive, Seed, Split, hold_out
+from app.data import Dataset, Fraction, Positive, Seed, Share, Split, hold_out, thin
 from app.errors import UserError
 from app.vision import normalize
 
@@ -40,6 +40,7 @@ def imagefolder(
     mean: Sequence[float] = (0.5,),
     std: Sequence[Annotated[float, Field(gt=0)]] = (0.5,),
     cache: str | None = None,
+    share: Share = 1.0,
     validation: Fraction = 0.0,
     seed: Seed = 0,
 ) -> Dataset:
@@ -63,8 +64,8 @@ def imagefolder(
     cache : str or None
         An ``.npz`` file to keep the decoded pictures in. It is rebuilt when the
         pictures or the options have changed.
-    validation, seed
-        See `app.data.hold_out`.
+    share, validation, seed
+        See `app.data.thin` and `app.data.hold_out`.
 
     Raises
     ------
@@ -101,7 +102,7 @@ def imagefolder(
         for part in ("train", "test")
     ]
     data = Dataset(splits[0], splits[1], len(names), "cross_entropy", None, names)
-    return hold_out(data, validation, seed)
+    return hold_out(thin(data, share, seed), validation, seed)
 
 
 def alike(

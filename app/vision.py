@@ -1,10 +1,10 @@
 """Image sets in torchvision's file layout: MNIST and its kin, CIFAR-10 and CIFAR-100.
 
 Each is converted once into a normalized float32 tensor. Every set takes ``root`` (the
-folder that torchvision would be given), ``download`` (fetch what is missing), and
-``validation`` with ``seed`` (see `app.data.hold_out`). MNIST and Fashion-MNIST take
-``pool`` too: their halves become one training set, and the test set is what each client
-keeps of its share (``client_test``).
+folder that torchvision would be given), ``download`` (fetch what is missing), ``share``
+and ``validation`` with ``seed`` (see `app.data.thin` and `app.data.hold_out`). MNIST and
+Fashion-MNIST take ``pool`` too: their halves become one training set, and the test set
+is what each client keeps of its part (``client_test``).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from app.data import Dataset, Fraction, Seed, Split, hold_out
+from app.data import Dataset, Fraction, Seed, Share, Split, hold_out, thin
 from app.errors import UserError
 
 # Per-channel mean and standard deviation of images scaled to [0, 1]. MNIST's and
@@ -54,6 +54,7 @@ def mnist(
     download: bool = False,
     pool: bool = False,
     normalize: Literal["whole", "pixels"] = "whole",
+    share: Share = 1.0,
     validation: Fraction = 0.0,
     seed: Seed = 0,
 ) -> Dataset:
@@ -73,13 +74,15 @@ def mnist(
         If the files are missing or damaged.
     """
     constants = None if normalize == "pixels" else MNIST
-    return _greys("MNIST", root, download, constants, pool, validation, seed)
+    data = _greys("MNIST", root, download, constants, pool)
+    return hold_out(thin(data, share, seed), validation, seed)
 
 
 def fashion_mnist(
     root: str,
     download: bool = False,
     pool: bool = False,
+    share: Share = 1.0,
     validation: Fraction = 0.0,
     seed: Seed = 0,
 ) -> Dataset:
@@ -91,7 +94,8 @@ def fashion_mnist(
         If the files are missing or damaged.
     """
     constants = FASHION_MNIST
-    return _greys("FashionMNIST", root, download, constants, pool, validation, seed)
+    data = _greys("FashionMNIST", root, download, constants, pool)
+    return hold_out(thin(data, share, seed), validation, seed)
 
 
 def emnist(
@@ -101,6 +105,7 @@ def emnist(
     ] = "letters",
     limit: Annotated[int, Field(ge=2)] | None = None,
     download: bool = False,
+    share: Share = 1.0,
     validation: Fraction = 0.0,
     seed: Seed = 0,
 ) -> Dataset:
@@ -117,8 +122,8 @@ def emnist(
         2021.
     download : bool
         Fetch what is missing (about 560 MB).
-    validation, seed
-        See `app.data.hold_out`.
+    share, validation, seed
+        See `app.data.thin` and `app.data.hold_out`.
 
     Raises
     ------
@@ -143,11 +148,15 @@ def emnist(
         images = part.data[keep].transpose(1, 2).unsqueeze(1)
         splits.append(Split(normalize(images, *EMNIST), y[keep]))
     data = Dataset(splits[0], splits[1], kept, "cross_entropy", None, names[:kept])
-    return hold_out(data, validation, seed)
+    return hold_out(thin(data, share, seed), validation, seed)
 
 
 def cifar10(
-    root: str, download: bool = False, validation: Fraction = 0.0, seed: Seed = 0
+    root: str,
+    download: bool = False,
+    share: Share = 1.0,
+    validation: Fraction = 0.0,
+    seed: Seed = 0,
 ) -> Dataset:
     """Return CIFAR-10: 50,000 + 10,000 colour images, x (n, 3, 32, 32), 10 classes.
 
@@ -156,11 +165,16 @@ def cifar10(
     UserError
         If the files are missing or damaged.
     """
-    return _colours("CIFAR10", root, download, CIFAR10, validation, seed)
+    data = _colours("CIFAR10", root, download, CIFAR10)
+    return hold_out(thin(data, share, seed), validation, seed)
 
 
 def cifar100(
-    root: str, download: bool = False, validation: Fraction = 0.0, seed: Seed = 0
+    root: str,
+    download: bool = False,
+    share: Share = 1.0,
+    validation: Fraction = 0.0,
+    seed: Seed = 0,
 ) -> Dataset:
     """Return CIFAR-100: 50,000 + 10,000 colour images, x (n, 3, 32, 32), 100 classes.
 
@@ -169,7 +183,8 @@ def cifar100(
     UserError
         If the files are missing or damaged.
     """
-    return _colours("CIFAR100", root, download, CIFAR100, validation, seed)
+    data = _colours("CIFAR100", root, download, CIFAR100)
+    return hold_out(thin(data, share, seed), validation, seed)
 
 
 # What a folder must contain, told when it does not.
@@ -214,8 +229,6 @@ def _greys(
     download: bool,
     constants: tuple[Sequence[float], Sequence[float]] | None,
     pool: bool,
-    validation: float,
-    seed: int,
 ) -> Dataset:
     halves = [_load(name, root, download, train) for train in (True, False)]
     images = [half.data.unsqueeze(1) for half in halves]
@@ -229,8 +242,7 @@ def _greys(
         inputs = _by_pixel(images)
     splits = [Split(x, y) for x, y in zip(inputs, targets, strict=True)]
     names = [str(label) for label in halves[0].classes]
-    data = Dataset(splits[0], splits[1], len(names), "cross_entropy", None, names)
-    return hold_out(data, validation, seed)
+    return Dataset(splits[0], splits[1], len(names), "cross_entropy", None, names)
 
 
 def _by_pixel(images: Sequence[Tensor]) -> list[Tensor]:
@@ -246,8 +258,6 @@ def _colours(
     root: str,
     download: bool,
     constants: tuple[Sequence[float], Sequence[float]],
-    validation: float,
-    seed: int,
 ) -> Dataset:
     halves = [_load(name, root, download, train) for train in (True, False)]
     splits = []
@@ -256,5 +266,4 @@ def _colours(
         target = torch.from_numpy(np.asarray(half.targets, dtype=np.int64))
         splits.append(Split(normalize(images, *constants), target))
     names = [str(label) for label in halves[0].classes]
-    data = Dataset(splits[0], splits[1], len(names), "cross_entropy", None, names)
-    return hold_out(data, validation, seed)
+    return Dataset(splits[0], splits[1], len(names), "cross_entropy", None, names)

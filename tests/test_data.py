@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from app.arrays import npz
-from app.data import Dataset, digits, hold_out, split_mask
+from app.data import Dataset, digits, hold_out, split_mask, thin
 from app.errors import UserError
 from app.host import local_samples
 from app.images import imagefolder
@@ -101,6 +101,21 @@ def test_hold_out_keeps_every_natural_client():
     assert data.natural is not None
     assert data.natural.tolist() == [0, 1, 2, 3]
     assert len(data.test) == 4
+
+
+def test_thin_keeps_a_share_of_every_class():
+    data = digits()
+    few = thin(data, 0.25, 3)
+    whole, kept = (torch.bincount(d.train.y).numpy() for d in (data, few))
+    assert np.abs(kept - whole / 4).max() <= 1
+    rows = {row.numpy().tobytes() for row in data.train.x}
+    assert {row.numpy().tobytes() for row in few.train.x} <= rows
+    assert torch.equal(few.test.x, data.test.x)
+    assert same(few, thin(data, 0.25, 3)) and not same(few, thin(data, 0.25, 4))
+    assert thin(data, 1.0, 0) is data
+    own = thin(quadratics(repeats=(4, 4, 2, 4)), 0.5, 0)
+    assert own.natural is not None and len(own.natural) == len(own.train)
+    assert np.bincount(own.natural).tolist() == [4, 4, 2, 4]
 
 
 @pytest.mark.parametrize("validation", [-0.1, 1.0, 1e-6])
@@ -293,6 +308,8 @@ def test_imagefolder_and_its_tar_agree(pictures, tmp_path):
                 name = path.relative_to(pictures.parent)
                 archive.add(path, arcname=f"./{name}")
         assert same(data, imagefolder(str(file), mean=[0.0], std=[1.0]))
+    few = imagefolder(str(pictures), share=0.34)
+    assert few.train.y.bincount().tolist() == [1, 1] and len(few.test) == 2
     small = imagefolder(str(pictures), size=4, grey=True)
     assert small.train.x.shape == (6, 1, 4, 4)
     assert float(small.train.x.min()) == -1
