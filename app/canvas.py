@@ -87,12 +87,22 @@ def legend(figure: Figure, axes: Axes, title: str | None) -> None:
     )
 
 
+def words(metric: str) -> str:
+    """Return a metric's name as words."""
+    return " ".join(metric.replace("_", " ").split("/"))
+
+
+def quantity(metric: str) -> str:
+    """Return what a metric is measured in, empty where it has no unit."""
+    if "accuracy" in metric:
+        return "fraction of samples"
+    return "mean over samples" if "loss" in metric else ""
+
+
 def unit(metric: str) -> str:
     """Return a metric's name for an axis, with its unit where it has one."""
-    words = " ".join(metric.replace("_", " ").split("/"))
-    if "accuracy" in metric:
-        return f"{words} (fraction of samples)"
-    return f"{words} (mean over samples)" if "loss" in metric else words
+    measured = quantity(metric)
+    return f"{words(metric)} ({measured})" if measured else words(metric)
 
 
 def log_if_wide(axes: Axes, metric: str) -> None:

@@ -64,9 +64,10 @@ class Reference(Model):
 class Study(Model):
     """The section ``study`` of a preset; docs/studies.md explains each key.
 
-    ``drawn`` names further metrics of the records, each with a figure of its own, ``baseline`` the
-    variant to which the table of costs is relative. With ``tuning``, the verdict and the baseline
-    name its methods (`app.tuning`).
+    ``drawn`` names further metrics of the records, each with a figure of its own, ``dots`` those
+    whose last values the figure shows in place of curves, ``baseline`` the variant to which the
+    table of costs is relative. With ``tuning``, the verdict and the baseline name its methods
+    (`app.tuning`).
     """
 
     claim: str
@@ -77,6 +78,7 @@ class Study(Model):
     x: Literal["rounds", "bytes", "links"] = "rounds"
     verdict: Rule
     drawn: tuple[str, ...] = ()
+    dots: tuple[str, ...] = ()
     baseline: str | None = None
     sizes: dict[str, Size]
     reference: Reference | None = None
@@ -89,6 +91,8 @@ class Study(Model):
         there = self.tuning.methods.keys() if self.tuning else self.variants.keys()
         if unknown := named - there:
             raise ValueError(f"no variants are called {sorted(unknown)}")
+        if unknown := set(self.dots) - {self.metric, *self.also}:
+            raise ValueError(f"dots: {sorted(unknown)}: name the metric or one of also")
         known = self.reference.rounds_to if self.reference else {}
         if unknown := known.keys() - self.variants.keys():
             raise ValueError(f"reference: no variants are called {sorted(unknown)}")

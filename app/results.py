@@ -18,6 +18,7 @@ from PIL import Image
 from app import plots, report, tuning
 from app.compose import CONF
 from app.config import load
+from app.dots import dots
 from app.errors import UserError
 from app.measure import EXCESS, last_value, measure, with_excess
 from app.plan import Plan
@@ -94,13 +95,17 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
     metric = EXCESS if study.metric == DISTANCE else study.metric
     # Less one standard deviation may be below zero, which a log axis cannot show.
     band = "range" if study.metric == DISTANCE or "error" in study.metric else "std"
-    plots.curves(drawn, metric, study.x, plan.folder / "study.png", band=band)
+    figure = plan.folder / "study.png"
+    if study.dots:
+        dots(table, study.metric, study.dots, figure)
+    else:
+        plots.curves(drawn, metric, study.x, figure, band=band)
     for name in study.drawn:
         groups = {
             v: [r for r in of if series(r, name)[1].size] for v, of in drawn.items()
         }
         groups = {v: of for v, of in groups.items() if of}
-        plots.curves(groups, name, "rounds", further(plan.folder / "study.png", name))
+        plots.curves(groups, name, "rounds", further(figure, name))
     text = f"# {plan.name}\n\n{body(result, 'study.png')}"
     write_atomic(plan.folder / "study.md", text)
     return result

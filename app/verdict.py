@@ -15,6 +15,8 @@ from app.records import falls
 from app.tables import Spread
 
 DISTANCE = "distance"  # of the final model to the known minimizer of the quadratics
+#: Pairs up to which a verdict's sentence tells them all.
+FEW = 6
 
 Numbers = Mapping[str, Any]
 #: From variant to seed (as text, since JSON knows no other keys) to a run's numbers.
@@ -97,22 +99,35 @@ def judge(
     }
 
 
+def _value(rule: Rule, table: Table, name: str, seed: str, metric: str) -> float:
+    """Return the number of a run that is compared."""
+    numbers = table[name][seed]
+    if rule.rule == "rounds":
+        at = numbers["rounds_to"][f"{rule.target:g}"]
+        return math.inf if at is None else at
+    # A run that ended at NaN is behind every other.
+    worst = math.inf if better(metric) else -math.inf
+    return worst if numbers["final"] is None else float(numbers["final"])
+
+
+def _right(rule: Rule, table: Table, seed: str, metric: str) -> list[bool]:
+    """Return for each pair whether its lead is better than its rival in one seed."""
+    sign = -1 if better(metric) else 1
+    found = []
+    for pair in zip(rule.lead, rule.rivals, strict=True):
+        a, b = (sign * _value(rule, table, name, seed, metric) for name in pair)
+        found.append(a > b)
+    return found
+
+
 def _ahead(rule: Rule, table: Table, seed: str, metric: str) -> bool:
     """Return whether every lead is ahead of every rival in one seed."""
-
-    def value(name: str) -> float:
-        numbers = table[name][seed]
-        if rule.rule == "rounds":
-            at = numbers["rounds_to"][f"{rule.target:g}"]
-            return math.inf if at is None else at
-        # A run that ended at NaN is behind every other.
-        worst = math.inf if better(metric) else -math.inf
-        return worst if numbers["final"] is None else float(numbers["final"])
-
-    leads, rivals = list(map(value, rule.lead)), list(map(value, rule.rivals))
     if rule.rule == "paired":
-        sign = -1 if better(metric) else 1
-        return all(sign * a > sign * b for a, b in zip(leads, rivals, strict=True))
+        return all(_right(rule, table, seed, metric))
+    leads, rivals = (
+        [_value(rule, table, name, seed, metric) for name in names]
+        for names in (rule.lead, rule.rivals)
+    )
     if rule.rule == "limit":
         assert rule.within is not None and rule.beyond is not None
         if better(metric):
@@ -148,4 +163,14 @@ def _evidence(rule: Rule, table: Table, seeds: Sequence[str], metric: str) -> st
         parts = [
             f"{a} against {b}" for a, b in zip(parts[::2], parts[1::2], strict=True)
         ]
+    if rule.rule == "paired" and len(parts) > FEW:
+        right = zip(*(_right(rule, table, s, metric) for s in seeds), strict=True)
+        won = [sum(pair) for pair in right]
+        count = f"{won.count(len(seeds))} of {len(won)} pairs are right in every seed"
+        others = [
+            f"{part} ({n} of {len(seeds)} seeds)"
+            for part, n in zip(parts, won, strict=True)
+            if n < len(seeds)
+        ]
+        parts = [f"{count}; not so {others[0]}", *others[1:]] if others else [count]
     return f"final {metric}: {', '.join(parts)}"

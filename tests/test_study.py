@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from rich.console import Console
 from app import label_plots, plots, results, study
 from app.compose import names
 from app.config import load
+from app.dots import dots
 from app.errors import UserError
 from app.experiment import run_local
 from app.measure import measure
-from app.plan import plan, read, studies
+from app.plan import Study, plan, read, studies
 from app.records import read_summary
 from app.results import DOCS, body, page, publish, summarize
 from app.synthetic import QUADRATICS_A, QUADRATICS_B
@@ -335,6 +337,49 @@ def test_each_lead_has_its_own_rival():
         Rule(rule="paired", lead=["a", "b"], rivals=["c"])
 
 
+def test_of_many_pairs_the_wrong_ones_are_told():
+    names = [f"a{i}" for i in range(7)]
+    runs = {n: {"0": numbers(final=0.9), "1": numbers(final=0.9)} for n in names}
+    runs["b"] = {"0": numbers(final=0.8), "1": numbers(final=0.8)}
+    rule = Rule(rule="paired", lead=names, rivals=["b"] * 7)
+    text = judge(rule, runs, [0, 1], "accuracy")["text"]
+    told = "final accuracy: 7 of 7 pairs are right in every seed"
+    assert text == f"{told}: the claim holds in 2 of 2 seeds."
+    runs["a3"]["1"] = numbers(final=0.8)
+    text = judge(rule, runs, [0, 1], "accuracy")["text"]
+    assert text.startswith(
+        "final accuracy: 6 of 7 pairs are right in every seed; not so a3"
+    )
+    assert "against b 0.8 ± 0 (1 of 2 seeds): the claim does not hold" in text
+
+
+def test_dots_stand_at_the_means(tmp_path, monkeypatch):
+    def end(mean, decile):
+        return {"final": mean, "also": {"clients/accuracy_decile": decile}}
+
+    drawn = {
+        "avg": {"0": end(0.8, 0.5), "1": end(0.6, 0.7)},
+        "dyn": {"0": end(None, 0.9), "1": end(0.9, None)},
+    }
+    figures = []
+    monkeypatch.setattr("app.dots.canvas.save", lambda f, _: figures.append(f))
+    shown = ["clients/accuracy_mean", "clients/accuracy_decile"]
+    dots(drawn, "clients/accuracy_mean", shown, tmp_path / "study.png")
+    (axes,) = figures[0].axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["avg", "dyn"]
+    assert axes.get_xlabel() == "fraction of samples"
+    places = [c[0].get_xydata().tolist() for c in axes.containers]
+    assert np.allclose(places, [[[0.7, 0], [0.9, 1]], [[0.6, 0], [0.9, 1]]])
+    bars = axes.containers[0][2][0].get_segments()
+    assert np.ptp(bars[0][:, 0]) == pytest.approx(2 * 0.1414, rel=1e-3)
+
+
+def test_a_study_draws_only_what_it_measures():
+    given = read("personalization_networks").model_dump()
+    with pytest.raises(ValueError, match="name the metric or one of also"):
+        Study(**given | {"dots": ["accuracy"]})
+
+
 def test_costs_are_relative_to_the_baseline():
     kept = {"rounds": 10, "bytes_down": 50, "bytes_up": 40, "gradients": 8}
     more = {**kept, "bytes_up": 80, "gradients": 6}
@@ -469,6 +514,10 @@ def test_publishing_keeps_the_numbers_and_makes_the_page(small, tmp_path):
     planned = small()
     study.run(planned, quiet())
     result, docs = summarize(planned), tmp_path / "docs"
+    curves = (planned.folder / "study.png").read_bytes()
+    ends = planned.study.model_copy(update={"dots": ("accuracy",)})
+    assert summarize(replace(planned, study=ends)) == result
+    assert (planned.folder / "study.png").read_bytes() != curves
     docs.mkdir()
     publish(result, planned.folder, docs)
     kept = json.loads((docs / "results" / "digits.json").read_text())
