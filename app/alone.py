@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -24,3 +27,18 @@ def hold(file: Path, busy: str) -> IO[bytes]:
         lock.close()
         raise UserError(busy) from None
     return lock
+
+
+@contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process has its turn in a folder; one that is not there has no turns."""
+    try:
+        lock = os.open(folder, os.O_RDONLY)  # of a disk that can only be read as well
+    except OSError:
+        yield
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)

@@ -66,9 +66,16 @@ def newest(folder: Path) -> tuple[int, Vectors, dict[str, Any]] | None:
     for file in sorted(folder.glob("*.safetensors"), reverse=True):
         try:
             vectors, header = durable.read(file)
-        except (durable.Torn, FileNotFoundError):
+        except (durable.Torn, OSError):
             continue  # the one before it serves
         if header.pop("format", None) != FORMAT:
             raise UserError(f"{file}: written in a format this version does not know")
         return header.pop("round"), vectors, header
     return None
+
+
+def cut(folder: Path, round_: int) -> None:
+    """Remove checkpoints of later rounds: torn ones, which would be kept in place of whole ones."""
+    for file in folder.glob("*.safetensors"):
+        if int(file.stem) > round_:
+            file.unlink()

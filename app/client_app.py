@@ -7,11 +7,14 @@ version of its memory, and the clients that evaluate the received model.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from app import hyper_node, relay_node
+from app.alone import turn
 from app.judging import evaluate, received
 from app.node import Node, remembered, respond, train_all
 from strategies.algorithm import Client, Vectors
@@ -19,7 +22,22 @@ from strategies.fad_wire import pack_answer
 from strategies.mean import Mean
 from strategies.wire import pack, unpack
 
-app = ClientApp()
+
+def in_turn(
+    message: Message, context: Context, call: Callable[[Message, Context], Message]
+) -> Message:
+    """Answer when this node's earlier messages are done with.
+
+    A node starts a process for each message and does not wait for one whose round is over: two of
+    them would write the memories of one client at the same time.
+    """
+    if "state-dir" not in context.node_config:
+        return call(message, context)
+    with turn(Path(str(context.node_config["state-dir"])).expanduser()):
+        return call(message, context)
+
+
+app = ClientApp(mods=[in_turn])
 
 
 @app.query("roll_call")

@@ -78,6 +78,8 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     ------
     FileNotFoundError
         If there is none.
+    OSError
+        If the disk does not tell: it may be whole.
     Torn
         If it is not whole.
     """
@@ -89,9 +91,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if told["sum"] != _sum(tensors, text):
             raise Torn(f"{file}: its checksum is wrong")
         header = json.loads(text)
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise Torn(f"{file}: torn or foreign ({type(error).__name__})") from error
     if not isinstance(header, dict):
         raise Torn(f"{file}: its header is no mapping")

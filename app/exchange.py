@@ -15,6 +15,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.superlink.grid.http_grid import HttpGrid
 
+from strategies.mail import arrived
 from strategies.roster import Roster
 
 SHORTEST, LONGEST, SHARE = 0.1, 3.0, 0.05
@@ -41,9 +42,9 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> list[Me
     waiting = {name: m for name, m in zip(ids, sent, strict=False) if name is not None}
     replies: list[Message] = []
     while waiting:
-        for reply in grid.pull_messages(list(waiting)):
-            if asked := waiting.pop(reply.metadata.reply_to_message_id, None):
-                replies.append(_by_whom(reply, asked))
+        for name, reply in list(arrived(grid, waiting)):
+            del waiting[name]
+            replies.append(reply)
         waited = time.monotonic() - began
         if not waiting or waited > timeout:
             break
@@ -52,14 +53,6 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> list[Me
     if waiting:
         log(WARNING, "%s replies did not come within %g s", len(waiting), timeout)
     return replies
-
-
-def _by_whom(reply: Message, asked: Message) -> Message:
-    """Return a reply as that of the node that was asked.
-
-    The SuperLink answers for a node that is gone, in its own name.
-    """
-    return Message(reply.error, reply_to=asked) if reply.has_error() else reply
 
 
 def gather(grid: Grid, roster: Roster, enough: int, patience: float) -> None:

@@ -20,7 +20,7 @@ def wait_for_clients(
     Raises
     ------
     UserError
-        If they do not join in time, or what a node tells of itself is impossible.
+        If they do not join in time, or every node tells impossible things of itself.
     """
     wanted = config.min_clients or config.clients + config.holdout_clients
     began, told = time.monotonic(), -1
@@ -29,12 +29,14 @@ def wait_for_clients(
         here = len(roster.hosts)
         if here >= wanted and roster.trainable():
             break
-        if roster.faults:
-            raise UserError(next(iter(roster.faults.values())))
+        refused = next(iter(roster.faults.values()), "")
+        if refused and not here and not roster.waiting:
+            raise UserError(refused)
         if time.monotonic() - began > config.join_timeout:
             raise UserError(
                 f"{here} of {wanted} clients joined within {config.join_timeout:g} s; "
                 "start more nodes, or lower min_clients"
+                + (f" (refused: {refused})" if refused else "")
             )
         if here != told:
             say(f"waiting for clients: {here} of {wanted}")

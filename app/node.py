@@ -150,6 +150,8 @@ def train_all(
         except Lost as error:
             faults[str(k)] = str(error)[:300]
             lost.append(k)
+        except OSError as error:
+            faults[str(k)] = f"state-dir: {brief(error)}"
         except Exception as error:
             faults[str(k)] = brief(error)
     device = node.config.torch_device

@@ -79,12 +79,20 @@ def find_unfinished(config: Config) -> Path:
     base = Path(config.output_dir).expanduser().resolve()
     paths = [p.parent for p in base.glob("*/config.yaml")]
     open_ = [p for p in paths if checkpoint.oldest(p / "checkpoints")]
-    open_ = [p for p in open_ if read_summary(p) is None and same(p)]
+    open_ = [p for p in open_ if not _finished(p) and same(p)]
     if not open_:
         raise UserError(
             f"resume=auto: no unfinished run of these settings has a checkpoint in {base}"
         )
     return max(open_, key=lambda p: p.stat().st_mtime)
+
+
+def _finished(path: Path) -> bool:
+    """Return whether a run has finished; a summary that a power failure has torn is none."""
+    try:
+        return read_summary(path) is not None
+    except UserError:
+        return False
 
 
 def stand(
@@ -103,6 +111,7 @@ def stand(
             f"resume={path}: no checkpoint there; run with checkpoint_every=N first"
         )
     round_, vectors, rest = found
+    checkpoint.cut(path / "checkpoints", round_)
     empty = torch.zeros(0, dtype=config.torch_dtype)
     federation.restore({"buffers": empty, **vectors}, rest)
     if outer:

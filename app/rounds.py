@@ -79,9 +79,9 @@ class Rounds:
             ``lost_state=fail``.
         """
         federation, config, taken = self.federation, self.config, Taken()
-        if self.lost:
-            taken.anew = self._begin_anew(grid)
         for taken.attempts in range(1, config.attempts + 1):
+            if self.lost:  # also in the attempt before
+                taken.anew += self._begin_anew(grid)
             arrays = pack({"theta": federation.server["theta"]})
             messages = federation.configure_train(round_, arrays, ConfigRecord(), grid)
             began = time.perf_counter()

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 CLIENTS = "clients.csv"
+#: Held by the process that is at the run. Never replaced: a lock is on a file, not on its name.
+LOCK = ".lock"
 _NUMBERS = {int, float, type(None)}
 COLUMNS = (
     "round",
@@ -258,7 +260,8 @@ def claim(path: Path) -> IO[bytes]:
     """
     if not (path / CONFIG).exists():
         raise UserError(f"{path}: no run directory (no {CONFIG} there).")
-    return hold(path / CONFIG, f"{path}: another process is at this run; let it go on.")
+    (path / LOCK).touch()
+    return hold(path / LOCK, f"{path}: another process is at this run; let it go on.")
 
 
 def _claim(base: Path, name: str) -> Path:

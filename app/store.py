@@ -133,10 +133,7 @@ class DirectoryStore:
     def save(self, client: int, version: int, memory: Vectors) -> None:
         """Write a version: after a crash all of it is there, or nothing."""
         file = self._file(client, version)
-        if not file.parent.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if self.synced:
-                durable.sync(self.path)
+        _make(file.parent, self.synced)
         durable.sweep(file.parent)
         header = {"client": client, "version": version}
         durable.write(file, memory, header, self.synced)
@@ -144,6 +141,16 @@ class DirectoryStore:
     def drop(self, client: int, version: int) -> None:
         """Remove a version."""
         self._file(client, version).unlink(missing_ok=True)
+
+
+def _make(folder: Path, synced: bool) -> None:
+    """Make a folder and those above it; their names survive a power failure if ``synced``."""
+    if folder.exists():
+        return
+    _make(folder.parent, synced)
+    folder.mkdir(exist_ok=True)
+    if synced:
+        durable.sync(folder.parent)
 
 
 def directory_of(state_dir: Path, run: str) -> Path:
@@ -164,7 +171,7 @@ def directory_of(state_dir: Path, run: str) -> Path:
         with contextlib.suppress(OSError):  # of a disk that can only be read
             os.utime(mine)  # a long run is not an old one
     else:
-        mine.mkdir(parents=True)
+        _make(mine, synced=True)
         runs = (p for p in state_dir.iterdir() if KEY.fullmatch(p.name))
         others = [p for p in runs if p.is_dir() and p != mine]
         for old in sorted(others, key=lambda p: p.stat().st_mtime)[: 1 - RUNS or None]:
@@ -202,8 +209,9 @@ def remember(
     client, version : int
         Whose memory it is, and the round that produced it.
     named : int
-        The version that the server named in this round. Later ones belong to replies that were
-        never accepted.
+        The version that the server named in this round. Those between it and this round belong
+        to replies that were never accepted. One of a later round is left alone: this round may be
+        over, and this process late.
     keep : int
         The round of the last server checkpoint: a server resumed from it names the newest version
         that is not later, so older ones may go.
@@ -217,5 +225,5 @@ def remember(
     # The oldest that can be named: a refused version in between must not stand in for it.
     oldest = max((v for v in here if v <= min(keep, named)), default=0)
     for other in here:
-        if other > named or other < oldest:
+        if named < other < version or other < oldest:
             store.drop(client, other)

@@ -17,7 +17,7 @@ from flwr.common.logger import log
 
 from strategies.algorithm import Vectors
 from strategies.roster import Roster
-from strategies.wire import Refused, ids, limit, numbers, reasons, unpack, weigh
+from strategies.wire import Refused, cause, ids, limit, numbers, reasons, unpack, weigh
 
 #: What a node reports of each trained client, besides the optimizer's own metrics.
 TRAINED = ("samples", "train_loss", "steps", "gradients", "seconds", "probe")
@@ -27,6 +27,10 @@ EVALUATED = ("eval_samples", "eval_held_out", "eval_loss")
 #: The scores of a classification, and those on the samples that may decide.
 SCORES = ("loss", "accuracy", "validation_loss", "validation_accuracy")
 OPTIONAL = tuple(f"eval_{name}" for name in SCORES[1:])
+
+
+class Changed(Refused):
+    """What a node answers is not what it told at the roll call, as after it got other data."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def accept(
     if reply.metadata.group_id != str(round_):
         raise Refused("answers another round")
     if reply.has_error():
-        raise Refused(reply.error.reason)
+        raise Refused(cause(reply))
     content = reply.content
     report = content.metric_records.get("report")
     if report is None:
@@ -130,7 +134,7 @@ def accept(
     names = TRAINED if metrics is not None else set(TRAINED) - PRIVATE
     columns = {n: numbers(report, n, len(trained)) for n in names}
     if columns["samples"] != [roster.samples[k] for k in trained]:
-        raise Refused("report: samples differ from the roll call")
+        raise Changed("report: samples differ from the roll call")
     scores = {n: numbers(report, n, len(evaluated)) for n in EVALUATED}
     scores |= {n: numbers(report, n, len(evaluated)) for n in OPTIONAL if n in report}
     told = {n: numbers(report, f"metrics.{n}", len(trained)) for n in metrics or ()}
@@ -204,6 +208,8 @@ def replies_of(
                 raise Refused(why)
         except Refused as error:
             log(WARNING, "round %s: node %s refused: %s", number, node, error)
+            if isinstance(error, Changed):
+                roster.forget(node)
             round_.failed |= dict.fromkeys(mine[0] if mine else [], str(error))
             continue
         add_bytes(round_.up, weigh(reply.content))

@@ -32,7 +32,7 @@ from torch import Tensor
 from strategies.fad_client import Answer, BadPlan, Plan, Question, answer
 from strategies.fad_site import Site
 from strategies.roster import Roster
-from strategies.wire import Refused, ids, reasons, shaped
+from strategies.wire import Refused, cause, ids, reasons, shaped
 
 DERIVE = f"{MessageType.QUERY}.derive"
 
@@ -220,7 +220,7 @@ def unpack_answer(reply: Message, question: Question) -> Answer:
         Saying what is wrong.
     """
     if reply.has_error():
-        raise Refused(reply.error.reason)
+        raise Refused(cause(reply))
     report = reply.content.metric_records.get("report")
     if report is None:
         raise Refused("no report")

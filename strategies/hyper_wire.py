@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from torch import Tensor
 
 from strategies.acceptance import add_bytes
-from strategies.wire import Refused, ids, numbers, reasons, unpack, weigh
+from strategies.wire import Refused, cause, ids, limit, numbers, reasons, unpack, weigh
 
 #: What clients measure with their own models and hyper-parameters.
 SCORES = (
@@ -101,7 +101,7 @@ class Told:
         if reply.metadata.group_id != name:
             raise Refused("answers something else")
         if reply.has_error():
-            raise Refused(reply.error.reason)
+            raise Refused(cause(reply))
         content, what = reply.content, name.split(".")[1]
         report = content.metric_records.get("report")
         if report is None:
@@ -118,7 +118,9 @@ class Told:
         if what in ("start", "push", "curvature") and told:
             length = size * (len(told) if each else 1)
             record = content.array_records.get("up", ArrayRecord())
-            up = unpack(record, {"u": length}, dtype)["u"]
+            vectors = unpack(record, {"u": length}, dtype)
+            limit(vectors)
+            up = vectors["u"]
         self.failed |= faults
         self.lost += lost
         for k, row in zip(told, rows, strict=False):

@@ -22,7 +22,7 @@ from flwr.common.logger import log
 from strategies.algorithm import Mirrored, Vectors
 from strategies.federation import Federation, probe_direction
 from strategies.relay import Relay
-from strategies.wire import Refused, ids, unpack
+from strategies.wire import Refused, cause, ids, limit, unpack
 
 MEMORIES = f"{MessageType.QUERY}.memories"
 Exchange = Callable[[list[Message]], Iterable[Message]]
@@ -95,13 +95,14 @@ def _sums(federation: Federation, clients: list[int], exchange: Exchange) -> Vec
     # By clients, not by the nodes' random ids: the sum has the same bits in every run.
     for reply in sorted(replies, key=lambda r: first.get(r.metadata.src_node_id, -1)):
         if reply.has_error():
-            raise Refused(reply.error.reason)
+            raise Refused(cause(reply))
         report = reply.content.metric_records.get("report")
         if report is None:
             raise Refused("no report")
         named = ids(report, "clients")
         record = reply.content.array_records.get("sums", ArrayRecord())
         part = unpack(record, sizes, torch.float64)
+        limit(part)
         _audit(federation, part, named)
         sums = {n: v + part[n] for n, v in sums.items()}
         told += named

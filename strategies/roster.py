@@ -7,6 +7,7 @@ late and takes part from the next round on.
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Callable, Mapping
 from logging import WARNING
 
@@ -17,8 +18,9 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from strategies.algorithm import Algorithm, Client, Individual
+from strategies.mail import arrived
 from strategies.randomness import generator
-from strategies.wire import Refused, ids, numbers
+from strategies.wire import Refused, cause, ids, numbers
 
 ROLL_CALL = f"{MessageType.QUERY}.roll_call"
 #: What the SuperLink answers for a node that is gone: no fault of what the node would say.
@@ -29,6 +31,11 @@ GONE = frozenset(
         ErrorCode.NODE_UNAVAILABLE,
     }
 )
+
+#: Seconds after which a node that was refused, or has not answered, is asked again.
+AGAIN = 60.0
+#: Samples that a client may claim to have.
+MOST = 10**9
 
 
 class Roster:
@@ -66,32 +73,49 @@ class Roster:
         self._claims: dict[int, dict[int, int]] = {}
         self._free: set[int] = set()
         self._clients: dict[int, Client] = {}
-        self._pending: dict[str, int] = {}
+        self._pending: dict[str, Message] = {}
+        self._asked: dict[int, float] = {}
+        self._told: set[tuple[int, int]] = set()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a node that is there has not answered yet."""
+        return bool(self._pending)
 
     def call(self, grid: Grid) -> None:
         """Ask the nodes that are new whom they host, and take in the answers that are there.
 
         Nothing is waited for: an answer that comes later counts from the next call on. A client
         that two nodes claim is the older node's, until that one leaves. A node whose answer was
-        refused, or that went before it answered, is asked again while it is there.
+        refused, or does not come, is asked again after a while; one that went before it answered,
+        when it is back.
         """
-        present = set(grid.get_node_ids())
+        present, now = set(grid.get_node_ids()), time.monotonic()
         self._claims = {n: c for n, c in self._claims.items() if n in present}
-        self._pending = {m: n for m, n in self._pending.items() if n in present}
-        known = self._claims.keys() | set(self._pending.values())
-        for node in sorted(present - known):
+        self._asked = {
+            n: t for n, t in self._asked.items() if n in present and now - t < AGAIN
+        }
+        self._pending = {
+            name: m
+            for name, m in self._pending.items()
+            if m.metadata.dst_node_id in self._asked
+        }
+        for node in sorted(present - self._claims.keys() - self._asked.keys()):
             message = Message(RecordDict(), node, ROLL_CALL)
-            self._pending |= dict.fromkeys(grid.push_messages([message]), node)
-        replies = list(grid.pull_messages(list(self._pending))) if self._pending else []
-        for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
-            if reply.metadata.reply_to_message_id not in self._pending:
-                continue
-            node = self._pending.pop(reply.metadata.reply_to_message_id)
+            taken = [name for name in grid.push_messages([message]) if name]
+            self._pending |= dict.fromkeys(taken, message)
+            self._asked[node] = now
+        replies = list(arrived(grid, self._pending)) if self._pending else []
+        for name, reply in sorted(replies, key=lambda r: r[1].metadata.src_node_id):
+            del self._pending[name]
+            node = reply.metadata.src_node_id
             if reply.has_error() and reply.error.code in GONE:
-                log(WARNING, "node %s: %s", node, reply.error.reason)
+                del self._asked[node]
+                log(WARNING, "node %s: %s", node, cause(reply))
                 continue
             try:
                 self._claims[node] = self._hosted(reply)
+                self.faults.pop(node, None)
                 report = reply.content.metric_records["hosted"]
                 if report.get("bound") == 0:
                     self._free.add(node)
@@ -103,11 +127,20 @@ class Roster:
             for k, samples in claim.items():
                 if self.hosts.setdefault(k, node) == node:
                     self.samples[k] = samples
+                elif node not in self._free and (node, k) not in self._told:
+                    self._told.add((node, k))
+                    host = self.hosts[k]
+                    log(WARNING, "node %s claims client %s of node %s", node, k, host)
+
+    def forget(self, node: int) -> None:
+        """Ask a node anew whom it hosts: it is not what it told."""
+        self._claims.pop(node, None)
+        self._asked.pop(node, None)
 
     def _hosted(self, reply: Message) -> dict[int, int]:
         """Return client -> samples as a node told it, or raise Refused."""
         if reply.has_error():
-            raise Refused(reply.error.reason)
+            raise Refused(cause(reply))
         report = reply.content.metric_records.get("hosted")
         if report is None:
             raise Refused("no list of hosted clients")
@@ -115,7 +148,8 @@ class Roster:
         counts = numbers(report, "samples", len(named))
         hosted = {k: int(n) for k, n in zip(named, counts, strict=True)}
         bad = [k for k in hosted if not 0 <= k < self.clients + self.holdout]
-        if bad or len(hosted) != len(named) or min(hosted.values(), default=1) < 1:
+        possible = all(1 <= n <= MOST for n in hosted.values())
+        if bad or len(hosted) != len(named) or not possible:
             raise Refused(f"hosts impossible clients or samples: {bad or named}"[:300])
         return hosted
 

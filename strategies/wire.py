@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from strategies.algorithm import Vectors
@@ -205,3 +205,8 @@ def reasons(record: ConfigRecord) -> dict[int, str]:
             raise Refused("faults: not a mapping of client ids to text")
         found[int(key)] = " ".join(value.split())[:300]
     return found
+
+
+def cause(reply: Message) -> str:
+    """Return the reason of an error reply as a line of at most 300 letters: a node wrote it."""
+    return " ".join(str(reply.error.reason).split())[:300]

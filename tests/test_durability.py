@@ -8,8 +8,11 @@ import os
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app import checkpoint, durable
+from app.client_app import in_turn
 from app.config import to_run_config
 from app.errors import UserError
 from app.local_grid import LocalGrid
 from app.run import Run
-from app.store import DirectoryStore, directory_of
+from app.store import DirectoryStore, directory_of, recall, remember
 
 Door = Callable[..., Result]
 EACH = ("nodes=6", "clients_per_round=6", "rounds=5", "dtype=float64")
@@ -98,6 +102,19 @@ def test_checkpoints_keep_the_last_and_know_their_format(tmp_path: Path) -> None
         checkpoint.newest(tmp_path)
 
 
+def test_a_torn_checkpoint_does_not_outlast_whole_ones(run: Door) -> None:
+    given = (*EACH, "name=torn", "checkpoint_every=2")
+    path = run(*given).path
+    (path / "summary.json").write_text("")  # as after a power failure
+    folder = path / "checkpoints"
+    (folder / "00000009.safetensors").write_bytes(b"half")
+    result = run(
+        *given, "checkpoint_every=1", "checkpoint_keep=1", "resume=auto", "rounds=7"
+    )
+    assert result.path == path and result.summary["rounds"] == 7
+    assert [p.name for p in folder.iterdir()] == ["00000007.safetensors"]
+
+
 def test_the_logs_are_on_the_disk_before_their_checkpoint(
     run: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +164,40 @@ def test_a_node_touches_nothing_else_in_its_state_dir(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("mine-*"))) == 9
     with pytest.raises(ValueError, match="no name of a run"):
         directory_of(tmp_path, "../elsewhere")
+
+
+def test_a_late_round_leaves_the_version_of_a_later_one(tmp_path: Path) -> None:
+    store, fresh = DirectoryStore(tmp_path), {"g": torch.zeros(2)}
+    for version, named in ((4, 0), (6, 4), (5, 4)):  # 5 was given up, and ends last
+        remember(store, 3, version, named, 4, {"g": torch.full((2,), float(version))})
+    assert recall(store, 3, 6, fresh)["g"].tolist() == [6, 6]
+    remember(store, 3, 7, 6, 6, fresh)
+    assert store.versions(3) == [6, 7]
+
+
+def test_messages_of_a_node_take_turns(tmp_path: Path) -> None:
+    at_work, most = [0], [0]
+
+    def call(*_: Any) -> Any:
+        at_work[0] += 1
+        most[0] = max(most[0], at_work[0])
+        time.sleep(0.05)
+        at_work[0] -= 1
+
+    def answer(config: dict[str, str]) -> int:
+        most[0] = 0
+        context: Any = SimpleNamespace(node_config=config)
+        work: Any = in_turn
+        threads = [Thread(target=work, args=(None, context, call)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return most[0]
+
+    assert answer({"state-dir": str(tmp_path)}) == 1
+    assert answer({}) == 3
+    assert answer({"state-dir": str(tmp_path / "not there")}) == 3
 
 
 # A memory that is lost.
@@ -292,6 +343,42 @@ def test_who_lost_its_memory_begins_anew_and_the_books_agree(
             fresh = federation.algorithm.fresh(total)
             total = total + store.load(k, federation.ledger[k], fresh)["last"]
         torch.testing.assert_close(federation.server["all"], total / 6)
+
+
+@pytest.mark.parametrize("strategy", ["feddyn", "scaffold", "fedsophia"])
+def test_who_lost_its_memory_does_not_end_a_run_that_needs_all(
+    run: Door, tmp_path: Path, strategy: str
+) -> None:
+    result = run(
+        *(*EACH, f"strategy={strategy}", "min_replies=6"),
+        grid=lambda o: Disks(o, tmp_path / "disks", wipe),
+    )
+    assert [r.get("reset") for r in result.records[1:]] == [None, None, [2], None, None]
+    assert result.records[3]["attempts"] == 2
+    assert all(r["clients"]["cohort"] == list(range(6)) for r in result.records[1:])
+
+
+def test_a_disk_that_does_not_read_is_no_lost_memory(
+    run: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file may be whole: the client is left out, and its memory is there the next time."""
+    read, bad = durable.read, [True]
+
+    def failing(file: Path) -> Any:
+        if bad[0] and file.name == "00000002.safetensors" and "/2/" in str(file):
+            bad[0] = False
+            raise OSError(errno.EIO, "Input/output error")
+        return read(file)
+
+    monkeypatch.setattr(durable, "read", failing)
+    result = run(*EACH, grid=lambda o: Disks(o, tmp_path / "disks", lambda *_: None))
+    assert [sorted(r["clients"]["failed"]) for r in result.records[1:]] == [
+        *([], [], ["2"]),
+        *([], []),
+    ]
+    assert "state-dir: OSError" in result.records[3]["clients"]["failed"]["2"]
+    assert not any("reset" in r for r in result.records)
+    assert all(r["checks"]["memory_gap"] < 1e-9 for r in result.records[1:])
 
 
 def test_until_all_can_be_asked_it_sits_out(run: Door, tmp_path: Path) -> None:

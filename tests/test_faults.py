@@ -26,7 +26,6 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.common.constant import ErrorCode
-from flwr.superlink.grid.http_grid import HttpGrid
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +34,6 @@ import app.store
 import strategies.wire
 from app.config import to_run_config
 from app.errors import UserError
-from app.exchange import exchange
 from app.local_grid import LocalGrid
 from app.run import Run
 from app.store import ContextStore, DirectoryStore, Store
@@ -399,45 +397,6 @@ def test_a_node_that_goes_before_it_answers_is_asked_again(run: Door) -> None:
     assert torch.equal(result.theta, run().theta)
     with pytest.raises(UserError, match="the node is gone"):
         run(grid=lambda o: Away(o, ErrorCode.CLIENT_APP_RAISED_EXCEPTION))
-
-
-class Link(HttpGrid):
-    """A SuperLink that does not take a message for node 13 and answers for node 12."""
-
-    def __init__(self) -> None:
-        self.sent: dict[str, Message] = {}
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Take all but one."""
-        names: list[Any] = []
-        for message in messages:
-            node = message.metadata.dst_node_id
-            message.metadata.__dict__["_message_id"] = f"message-{node}"
-            names.append(None if node == 13 else f"message-{node}")
-            self.sent[f"message-{node}"] = message
-        return names
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Answer all that was taken."""
-        replies = [Message(RecordDict(), reply_to=self.sent[m]) for m in message_ids]
-        for i, reply in enumerate(replies):
-            if reply.metadata.src_node_id == 12:
-                error = Error(code=ErrorCode.NODE_UNAVAILABLE, reason="gone")
-                replies[i] = Message(error, reply_to=self.sent["message-12"])
-                replies[i].metadata.__dict__["_src_node_id"] = 1
-        return replies
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-def test_what_the_superlink_answers_for_a_node_is_entered_for_that_node() -> None:
-    LocalGrid({}, 0)
-    sent = [Message(RecordDict(), node, "train", group_id="3") for node in (11, 12, 13)]
-    replies = exchange(Link(), sent, 5.0)
-    told = {r.metadata.src_node_id: r.has_error() for r in replies}
-    assert told == {11: False, 12: True}
-    assert {r.metadata.group_id for r in replies} == {"3"}
 
 
 # A client that fails on its node.

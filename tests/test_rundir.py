@@ -177,6 +177,11 @@ def test_one_process_is_at_a_run(make):
     assert len(read_rounds(run.path)) == 1
     run.close()
     assert "reopened" in other()
+    # A run that goes on with other settings is held as one that has just begun.
+    again = RunDir.reopen(run.path, 0, config={"rounds": 9})
+    assert "another process is at this run" in other()
+    again.close()
+    assert "reopened" in other()
 
 
 def test_client_rows(make):
@@ -222,7 +227,8 @@ def test_finish(make):
     ):
         assert words in text
     assert len(text.splitlines()) < 20
-    assert not [p for p in run.path.iterdir() if p.name.startswith(".")]
+    hidden = [p.name for p in run.path.iterdir() if p.name.startswith(".")]
+    assert hidden == [".lock"]
 
 
 def test_finish_of_a_run_without_rounds_or_accuracy(make):
