@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -31,7 +32,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from app.errors import UserError
 
-DAYS = 825
+DAYS, MOST_DAYS = 825, 36500
 
 
 def authority(folder: Path, days: int = DAYS) -> Path:
@@ -47,8 +48,11 @@ def authority(folder: Path, days: int = DAYS) -> Path:
     UserError
         If there is one already: everything it has signed would become worthless.
     """
-    if (folder / "ca.crt").exists():
-        raise UserError(f"{folder}: there is an authority already; it is not replaced")
+    for file in (folder / "ca.crt", folder / "ca.key"):
+        if file.exists():
+            raise UserError(
+                f"{file}: there is an authority already; it is not replaced"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP384R1())
     name = _name("fedgrad authority")
@@ -99,13 +103,18 @@ def server(folder: Path, hosts: Sequence[str], days: int = DAYS) -> tuple[Path, 
     """
     if not hosts or not all(hosts):
         raise UserError("hosts: name every address by which the SuperLink is reached")
-    if not (folder / "ca.key").exists():
-        raise UserError(
-            f"{folder}/ca.key: the authority's key is needed to sign; bring it"
-        )
-    issuer = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-    signer = load_pem_private_key((folder / "ca.key").read_bytes(), None)
-    assert isinstance(signer, ec.EllipticCurvePrivateKey)
+    for file in (folder / "ca.key", folder / "ca.crt"):
+        if not file.exists():
+            raise UserError(f"{file}: the authority's is needed to sign; bring it")
+    try:
+        issuer = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+        signer = load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder}/ca.key or ca.crt: {error}") from None
+    if not isinstance(signer, ec.EllipticCurvePrivateKey):
+        raise UserError(f"{folder}/ca.key: an elliptic-curve key is needed")
+    if _public(issuer.public_key()) != _public(signer.public_key()):
+        raise UserError(f"{folder}: ca.key is not the key of ca.crt")
     key = ec.generate_private_key(ec.SECP384R1())
     purpose = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
     identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
@@ -185,6 +194,10 @@ def _host(host: str) -> x509.GeneralName:
         raise UserError(f"hosts: {host}: write it as in the DNS, xn--...") from None
 
 
+def _public(key: Any) -> bytes:
+    return bytes(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
+
+
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
@@ -193,6 +206,7 @@ def _private(file: Path, data: bytes) -> None:
     """Write what only the owner may read."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as opened:
+        os.fchmod(descriptor, 0o600)  # of a file that was there already, too
         opened.write(data)
 
 
@@ -207,13 +221,15 @@ def main() -> None:
     parser.add_argument("--days", type=int, default=DAYS, help="how long they hold")
     given = parser.parse_args()
     try:
+        if not 1 <= given.days <= MOST_DAYS:
+            raise UserError(f"--days {given.days}: from 1 to {MOST_DAYS}")
         if not (given.folder / "ca.crt").exists():
             print(authority(given.folder, given.days))
         hosts = [host.strip() for host in given.hosts.split(",")]
         print(*server(given.folder, hosts, given.days), sep="\n")
         for number in range(1, given.nodes + 1):
             print(node_key(given.folder / f"node-{number}"))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

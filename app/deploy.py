@@ -16,8 +16,9 @@ import csv
 import os
 import signal
 import sys
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from app.peaks import Peaks
 from app.run import Say
 
 MEMORY = "--memory"
+#: What ends a deployment from outside.
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 #: What a deployment without settings runs.
 DEFAULTS = (
@@ -63,9 +66,12 @@ def apart(config: Config) -> bool:
     """Return whether a client's samples, given to its node as a file, are what they were.
 
     Not if it sees them in a way of its own, if it would choose its validation samples anew, if it
-    has no test samples, or if they are not numbers; the nodes then cut the shared data themselves.
+    has no test samples, if they are not numbers, or if its node would scale them once more; the
+    nodes then cut the shared data themselves.
     """
     if config.shift.name != "none" or config.client_validation:
+        return False
+    if config.data.options.get("scale", 1.0) != 1.0:
         return False
     return bool(config.client_test) and config.data.name != "text"
 
@@ -150,6 +156,11 @@ def deploy(given: Sequence[str], say: Say = print, memory: bool = False) -> Path
     """
     overrides = settings(given)
     config = load(overrides)
+    if config.resume:
+        raise UserError(
+            f"resume={config.resume}: a deployment for one job has new nodes, which remember "
+            "nothing; leave it out"
+        )
     setting(tuple(overrides))
     if not all(hosting(config)):
         raise UserError(
@@ -174,21 +185,35 @@ def deploy(given: Sequence[str], say: Say = print, memory: bool = False) -> Path
             say(str(peaks))
         return run.parent if run else deployment.folder
     finally:
-        deployment.stop()
+        with unmoved():
+            deployment.stop()
         say("deployment ended")
+
+
+@contextlib.contextmanager
+def unmoved() -> Iterator[None]:
+    """Let no signal keep us from ending what was started."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in ENDS}
+    try:
+        yield
+    finally:
+        for each, how in before.items():
+            signal.signal(each, how)
 
 
 def main() -> None:
     """Deploy with the settings of the command line."""
-    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def interrupted(*_: object) -> None:
-        for each in ends:  # a second one must not keep us from ending what was started
+        for each in ENDS:  # a second one comes while the first is at work
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     # Also where it was started in the background, with interrupts ignored.
-    for each in ends:
+    for each in ENDS:
         signal.signal(each, interrupted)
     try:
         given = [a for a in sys.argv[1:] if a != MEMORY]

@@ -26,6 +26,8 @@ MARK = "FEDGRAD_DEPLOYMENT"
 HOST = "127.0.0.1"
 #: The name of the connection in Flower's config.toml.
 LINK = "deployment"
+#: Seconds that Flower's command line may take.
+PATIENCE = 120
 
 
 class Deployment:
@@ -186,18 +188,28 @@ class Deployment:
         return self.folder / "logs" / f"{name}.log"
 
     def flwr(self, *arguments: str) -> tuple[int, str]:
-        """Run Flower's command line as the operator; return its exit status and output."""
+        """Run Flower's command line as the operator; return its exit status and output.
+
+        Raises
+        ------
+        UserError
+            If it does not end.
+        """
         command = [_tool("flwr"), *arguments]
         environment = self.environment() | {"NO_COLOR": "1", "COLUMNS": "200"}
-        done = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=PATIENCE,
+            )
+        except subprocess.TimeoutExpired:
+            words = " ".join(["flwr", *arguments[:2]])
+            raise UserError(f"{words}: no answer within {PATIENCE} s") from None
         return done.returncode, done.stdout
 
     def listed(self) -> list[dict[str, Any]]:

@@ -729,6 +729,55 @@ def mutate(
     return [reply]
 
 
+def whole(array: Array) -> bool:
+    """Say whether numpy itself finds a vector of D finite numbers in an array, and nothing else."""
+    stream = io.BytesIO(array.data)
+    try:
+        values = np.load(stream, allow_pickle=False)
+    except Exception:
+        return False
+    fits = values.shape == (D,) and values.dtype in (np.float32, np.float64)
+    return fits and not stream.read() and bool(np.isfinite(values).all())
+
+
+def column(fields: MetricRecord, name: str, length: int) -> bool:
+    """Say whether a report has so many finite numbers of a name."""
+    values = fields.get(name)
+    return (
+        isinstance(values, list)
+        and len(values) == length
+        and all(math.isfinite(v) for v in values)
+    )
+
+
+def sound(message: Message, reply: Message, algorithm: Algorithm) -> bool:
+    """Say, by other means than the server's, whether a reply may be used."""
+    order = message.content.config_records["order"]
+    asked, judged = list(order["train"]), list(order["evaluate"])  # type: ignore[arg-type]
+    if reply.has_error() or "report" not in reply.content.metric_records:
+        return False
+    fields = reply.content.metric_records["report"]
+    ids: Any = fields.get("trained")
+    names = list(reply.content.config_records.get("faults", {}))
+    if not isinstance(ids, list) or not all(n.isdecimal() for n in names):
+        return False
+    if sorted([*ids, *map(int, names)]) != asked:
+        return False
+    told: Any = fields.get("evaluated")
+    vectors = reply.content.array_records.get("up", ArrayRecord({}))
+    return (
+        (not ids or vectors.keys() == set(algorithm.up))
+        and (not ids or all(map(whole, vectors.values())))
+        and fields.get("samples") == [k + 1 for k in ids]
+        and all(column(fields, n, len(ids)) for n in FIELDS[2:7])
+        and isinstance(told, list)
+        and set(told) <= set(judged)
+        and all(column(fields, n, len(told)) for n in ("eval_loss", "eval_held_out"))
+        and all(n >= 1 for n in [*fields["steps"], *fields["gradients"]])  # type: ignore[misc]
+        and column(fields, "busy", 1)
+    )
+
+
 def harmless(
     name: str, mutations: list[tuple[int, tuple[str, Any, Any]]]
 ) -> Counter[str]:
@@ -749,7 +798,7 @@ def harmless(
         )
         before = {n: v.clone() for n, v in federation.server.items()}
         ledger = dict(federation.ledger)
-        replies = []
+        replies, usable = [], set[int]()
         for message in messages:
             node = message.metadata.dst_node_id
             arrived = [honest(message, algorithm)]
@@ -757,6 +806,11 @@ def harmless(
                 if where == node and arrived and not arrived[0].has_error():
                     arrived = mutate(message, arrived[0], mutation)
             replies += arrived
+            for reply in arrived:
+                if reply.metadata.src_node_id == node and sound(
+                    message, reply, algorithm
+                ):
+                    usable |= set(NODES[node])
             counts["mutated"] += any(where == node for where, _ in mutations)
         federation.aggregate_train(round_, replies)
         told = federation.round
@@ -768,6 +822,7 @@ def harmless(
         }
         assert all(bool(torch.isfinite(v).all()) for v in federation.server.values())
         assert not set(told.accepted) & told.failed.keys()
+        assert set(told.accepted) <= usable
         assert set(told.accepted) | told.failed.keys() == set(range(6))
         assert all(type(k) is int for k in [*federation.ledger, *told.accepted])
         changed = {k for k, v in federation.ledger.items() if ledger.get(k) != v}

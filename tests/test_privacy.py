@@ -117,6 +117,8 @@ SOUND = [
     ("privacy=central", "strategy=fedsophia", "optimizer=sophia", UNIFORM),
     ("privacy=local", "strategy=fedavg"),
     ("privacy=local", "strategy=feddyn"),
+    ("privacy=local", "strategy=fedprox"),
+    ("privacy=local", "strategy=fedsophia", "optimizer=sophia"),
 ]
 
 
