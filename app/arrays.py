@@ -50,7 +50,7 @@ def npz(
     UserError
         If the file or an array is missing, or the arrays do not fit each other.
     """
-    arrays = _read(Path(path))
+    arrays = _read(Path(path).expanduser())
     own_test = "x_test" in arrays
     wanted = ["x", label] + ([client] if client else [])
     for name in wanted + (["x_test", f"{label}_test"] if own_test else []):

@@ -67,8 +67,16 @@ def compose(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
         try:
             parsed.append(OverridesParser.create().parse_override(text))
         except HydraException as error:
-            raise UserError(f"'{text}' is not key=value: {first_line(error)}") from None
+            name, is_, given = text.partition("=")
+            hint = f"; if it is text, quote it: {name}=\"'{given}'\"" if is_ else ""
+            raise UserError(
+                f"'{text}' is not key=value: {first_line(error)}{hint}"
+            ) from None
     for text, override in zip(overrides, parsed, strict=True):
+        if override.is_sweep_override():
+            raise UserError(
+                f"'{text}': several values are a sweep; add -m, or take ./run.sh sweep"
+            )
         key, value = override.key_or_group, override.value()
         chosen = isinstance(value, str) or (key in PRESETS and value is None)
         if key in GROUPS and override.is_add():

@@ -27,6 +27,7 @@ import numpy as np
 
 from app.config import Config, load
 from app.deployment import LINK, Deployment
+from app.derive import check_grid
 from app.errors import UserError
 from app.experiment import run_flower
 from app.host import Samples, setting
@@ -161,6 +162,7 @@ def deploy(given: Sequence[str], say: Say = print, memory: bool = False) -> Path
             f"resume={config.resume}: a deployment for one job has new nodes, which remember "
             "nothing; leave it out"
         )
+    check_grid(config)
     setting(tuple(overrides))
     if not all(hosting(config)):
         raise UserError(
@@ -215,6 +217,9 @@ def main() -> None:
     # Also where it was started in the background, with interrupts ignored.
     for each in ENDS:
         signal.signal(each, interrupted)
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return
     try:
         given = [a for a in sys.argv[1:] if a != MEMORY]
         deploy(given, memory=MEMORY in sys.argv)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
-from app.config import load
+from app.config import Config, load
 from app.errors import UserError
 from app.host import objective, setting
 from app.joining import wait_for_clients
@@ -23,14 +23,19 @@ from strategies.roster import Roster
 def start(overrides: Sequence[str], grid: Grid, say: Say = print) -> Any:
     """Run settings over a grid: the program that they name, or training."""
     config = load(overrides)
+    check_grid(config)
+    if config.program is None:
+        return Run(overrides, say=say)(grid)
+    return derive(overrides, grid, say)
+
+
+def check_grid(config: Config) -> None:
+    """Raise UserError for what no grid can carry."""
     if config.estimate.name != "none":
         raise UserError(
             f"estimate={config.estimate.name}: is computed in one process; use "
             "python -m app.experiment, with runtime=local"
         )
-    if config.program is None:
-        return Run(overrides, say=say)(grid)
-    return derive(overrides, grid, say)
 
 
 def derive(overrides: Sequence[str], grid: Grid, say: Say = print) -> Any:

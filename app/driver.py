@@ -85,12 +85,13 @@ def network(config: Config, gossip: Gossip) -> Network:
         faults = bind("faults", config.faults)()
         found = Network(config.clients, config.seed, edges, gossip.weights, faults)
         found.at(0)
-        joined = _connects(found, min(max(config.rounds, 1), AHEAD))
+        ahead = min(max(config.rounds, 1), AHEAD)
+        joined = _connects(found, ahead)
     except ValueError as error:
         raise UserError(f"topology={config.topology.name}: {error}") from None
     if not joined:
         raise UserError(
-            f"topology={config.topology.name}: the links of {config.rounds} rounds "
+            f"topology={config.topology.name}: the links of {ahead} rounds "
             "together do not lead from every client to every other, so they cannot agree; "
             "make the topology denser, or take topology=self_loop for local training"
         )

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +27,7 @@ from app.config import Config, load
 from app.driver import network
 from app.errors import UserError
 from app.host import Setting, setting
-from app.resume import describe
+from app.resume import new_directory
 from app.rundir import RunDir
 from app.summary import summarize
 from strategies.hypergrad import HGP, hypergradients
@@ -199,7 +197,4 @@ def estimate(
 
 def directory_of(config: Config) -> RunDir:
     """Make the directory of a run that estimates."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    title = f"{stamp}-{config.estimate.name}-{config.topology.name}-seed{config.seed}"
-    base = Path(config.output_dir).expanduser().resolve()
-    return RunDir.create(base, config.name or title, describe(config))
+    return new_directory(config, config.estimate.name, config.topology.name)

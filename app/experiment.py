@@ -22,6 +22,7 @@ import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -39,7 +40,7 @@ from app.binding import bind
 from app.callbacks import Callback, Record
 from app.compose import CONF
 from app.config import Config, load, quote, to_run_config
-from app.derive import derive
+from app.derive import check_grid, derive
 from app.errors import UserError
 from app.estimation import estimate
 from app.host import setting
@@ -137,6 +138,7 @@ def run_flower(
         If the settings are wrong (before Flower starts), or the run failed.
     """
     config = load(overrides)
+    check_grid(config)
     setting(tuple(overrides))  # missing data and impossible partitions show here
     flwr = Path(sys.executable).with_name("flwr")
     command = [str(flwr), "run", str(CONF.parent), *([superlink] if superlink else [])]
@@ -253,9 +255,12 @@ def check_sweep(arguments: Sequence[str]) -> None:
         return
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
+        if any(o.value_type == ValueType.GLOB_CHOICE_SWEEP for o in parsed):
+            return  # Hydra alone knows what it stands for; its jobs check themselves
+        batches = list(BasicSweeper.split_arguments(parsed, None))
     except HydraException as error:
         raise UserError(str(error).strip().splitlines()[0]) from None
-    for batch in BasicSweeper.split_arguments(parsed, None):
+    for batch in batches:
         for combination in batch:
             load([o for o in combination if not o.startswith("hydra")])
 
@@ -271,6 +276,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

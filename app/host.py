@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ from strategies.objective import Objective
 from strategies.personalize import Personalize
 from strategies.randomness import permutations
 from strategies.wire import DTYPES
+
+#: What a node config may say, in this app and of Flower's simulation.
+KEYS = frozenset(
+    {"clients", "data-path", "label", "state-dir", "partition-id", "num-partitions"}
+)
 
 
 @dataclass(frozen=True)
@@ -296,6 +302,11 @@ def source(
     node: Mapping[str, Any], mine: list[int], overrides: tuple[str, ...]
 ) -> Callable[[int], Samples]:
     """Return the function that gives the samples of each client (``mine``) that a node hosts."""
+    for key in (
+        node.keys() - KEYS
+    ):  # a node may serve other apps, which have keys of their own
+        if close := get_close_matches(key.replace("_", "-"), KEYS, 1, 0.8):
+            raise UserError(f"node config: no '{key}' is known; write {close[0]}")
     if "data-path" not in node:
         return setting(overrides).samples
     if (shift := load(overrides).shift.name) != "none":

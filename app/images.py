@@ -78,7 +78,7 @@ def imagefolder(
             raise UserError(
                 f"data.{name} has {len(numbers)} numbers; 1 or {channels} fit."
             )
-    source = Path(root)
+    source = Path(root).expanduser()
     if not source.exists():
         raise UserError(
             f"data.root={root} does not exist: it must be a folder, or a tar of one, "

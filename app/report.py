@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             raise UserError(f"{out}: cannot write there ({error.strerror}).") from error
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{out / 'report.md'}, {out / 'report.png'}")
     return 0

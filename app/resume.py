@@ -1,8 +1,9 @@
-"""Which run directory a run continues (the one named, or the newest unfinished one), and where."""
+"""The run directory that a run gets, or continues (one that is named, or the newest), and where."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from app.errors import UserError
 from app.outer import Outer
 from app.records import plain, read_summary
 from app.report import flat
+from app.rundir import RunDir
 from strategies.federation import Federation
 from strategies.relay import Relay
 
@@ -43,6 +45,23 @@ def settings(described: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings, by dotted names, that decide what a described run computes."""
     found = flat(plain(described, finite=False))
     return {k: v for k, v in found.items() if k not in APART}
+
+
+def new_directory(config: Config, *words: str) -> RunDir:
+    """Return a new run directory, called by the time and some words unless the run has a name.
+
+    Raises
+    ------
+    UserError
+        If it cannot be made.
+    """
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    title = "-".join([stamp, *words, f"seed{config.seed}"])
+    base = Path(config.output_dir).expanduser().resolve()
+    try:
+        return RunDir.create(base, config.name or title, describe(config))
+    except OSError as error:
+        raise UserError(f"output_dir={config.output_dir}: {error.strerror}") from error
 
 
 def find_unfinished(config: Config) -> Path:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from logging import WARNING
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from app.host import Setting, objective, setting, trainer
 from app.joining import wait_for_clients
 from app.outer import outer
 from app.records import read_rounds
-from app.resume import describe, find_unfinished, stand
+from app.resume import describe, find_unfinished, new_directory, stand
 from app.rounds import Rounds
 from app.rundir import RunDir, claim
 from app.summary import chosen, clients_block, line, summarize, training_block
@@ -98,15 +96,7 @@ class Run:
 
     def _create(self) -> RunDir:
         config = self.config
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        title = f"{stamp}-{config.strategy.name}-{config.data.name}-seed{config.seed}"
-        base = Path(config.output_dir).expanduser().resolve()
-        try:
-            directory = RunDir.create(base, config.name or title, describe(config))
-        except OSError as error:
-            raise UserError(
-                f"output_dir={config.output_dir}: {error.strerror}"
-            ) from error
+        directory = new_directory(config, config.strategy.name, config.data.name)
         dataset = self.setting.dataset
         if dataset.classes and self.setting.parts:
             labels = dataset.train.y.cpu().numpy()

@@ -53,7 +53,7 @@ def plays(
     UserError
         If the file is missing or not such a text, or if no role is long enough.
     """
-    text = _read(Path(path))
+    text = _read(Path(path).expanduser())
     alphabet = sorted(set(text))
     number = {character: index for index, character in enumerate(alphabet)}
     trains, tests, counts = [], [], []

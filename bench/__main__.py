@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,12 @@ from rich.console import Console
 from rich.table import Table
 
 from app.config import load
+from app.deployment import marked
 from app.environment import environment
 from app.errors import UserError, nearest
 from app.host import setting
 from app.records import read_rounds, read_summary, write_atomic
-from bench.own_flower import marked, own_flower
+from bench.own_flower import own_flower
 from bench.workloads import ALL, WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,7 +167,7 @@ def measure(who: str, workload: str, rounds: int) -> dict[str, Any]:
     return {**found, "peak_mb": peak}
 
 
-def resident(processes: list[int]) -> float:
+def resident(processes: Iterable[int]) -> float:
     """Return the MB in memory of some processes; what they share counts for each."""
     pages = 0
     for pid in processes:

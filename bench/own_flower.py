@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from app.deployment import end_all, free_ports, marked
 
 
 @contextmanager
@@ -51,46 +51,15 @@ def own_flower(home: Path) -> Iterator[None]:
         raise RuntimeError(f"processes {left} would not end")
 
 
-def free_ports(count: int) -> list[str]:
-    """Return ports that are free now, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [str(s.getsockname()[1]) for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
-
-
-def belonging(home: Path) -> list[int]:
-    """Return the ids of the living processes that were started with this FLWR_HOME."""
+def belonging(home: Path) -> dict[int, str]:
+    """Return the living processes that were started with this FLWR_HOME: id -> command line."""
     return marked(f"FLWR_HOME={home}")
 
 
-def marked(setting: str) -> list[int]:
-    """Return the ids of the other processes that have this ``NAME=value`` around them."""
-    mark, ids = setting.encode(), []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
-                ids.append(int(entry.name))
-        except OSError:
-            continue  # ended meanwhile, or another user's
-    return ids
-
-
 def end(home: Path) -> list[int]:
-    """End these processes and return who is left: politely first, the SuperLink before Ray."""
+    """End these processes and return who is left: politely first."""
     for how, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-        limit = time.monotonic() + patience
-        for pid in sorted(belonging(home)):
-            try:
-                os.kill(pid, how)
-            except ProcessLookupError:
-                continue
-        while belonging(home) and time.monotonic() < limit:
-            time.sleep(0.1)
-    return belonging(home)
+        left = list(end_all(lambda: belonging(home), how, patience))
+        if not left:
+            break
+    return left

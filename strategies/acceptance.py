@@ -23,6 +23,8 @@ from strategies.wire import Refused, cause, ids, limit, numbers, reasons, unpack
 TRAINED = ("samples", "train_loss", "steps", "gradients", "seconds", "probe")
 #: What nodes may keep to themselves.
 PRIVATE = {"train_loss"}
+#: Why a client is left out whose node did not answer.
+SILENT = "no reply before the deadline"
 EVALUATED = ("eval_samples", "eval_held_out", "eval_loss")
 #: The scores of a classification, and those on the samples that may decide.
 SCORES = ("loss", "accuracy", "validation_loss", "validation_accuracy")
@@ -179,7 +181,8 @@ def replies_of(
 ) -> Iterator[Accepted]:
     """Yield what may be used of a round's replies, and enter it and the faults into the round.
 
-    Replies are taken in the order of the clients that they cover, whoever answered first.
+    Replies are taken in the order of the clients that they cover, whoever answered first; those
+    who have not answered come last.
 
     Parameters
     ----------
@@ -215,6 +218,9 @@ def replies_of(
         add_bytes(round_.up, weigh(reply.content))
         round_.enter(accepted, roster)
         yield accepted
+    for node, (train, _) in asked.items():
+        log(WARNING, "round %s: node %s: %s", round_.number, node, SILENT)
+        round_.failed |= dict.fromkeys(train, SILENT)
 
 
 def add_bytes(total: dict[str, int], part: Mapping[str, int]) -> None:

@@ -153,7 +153,7 @@ class Federation(Strategy):
                 "round": server_round,
                 "train": mine,
                 "versions": [self.ledger.get(k, 0) for k in mine],
-                "evaluate": (judged := [k for k in evaluate if hosts[k] == node]),
+                "evaluate": judged,
                 **versions_of(self.algorithm, judged, self.ledger),
                 "keep": self.keep,
                 "mean_samples": self.roster.mean_samples,
@@ -187,10 +187,6 @@ class Federation(Strategy):
                 clients = [self.roster.client(k) for k in accepted.trained]
                 mean.add(accepted.up, sum(map(self.algorithm.weight, clients)))
                 probes |= accepted.probes()
-        for node, (asked, _) in self._asked.items():
-            why = "no reply before the deadline"
-            log(WARNING, "round %s: node %s: %s", server_round, node, why)
-            self.round.failed |= dict.fromkeys(asked, why)
         self.round.short = len(probes) < self.min_replies
         usable = probes and not self.round.short
         arrays = self._step(server_round, mean, probes) if usable else None

@@ -7,8 +7,7 @@ sum x(0) / sum w(0) however many arcs come in and out of client i. Rows may sum 
 what w corrects. x alone, or z sent with a weight of one, would go to averages weighted by the
 network.
 
-`State` is one carried quantity, with a weight of its own. `mix` is the only function that touches
-x and w.
+`State` is one carried quantity, with a weight of its own. `mix` is the only function that mixes it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from logging import WARNING
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -188,10 +186,6 @@ class Relay(Strategy):
         """Take in the differences that can be accepted, and mix."""
         wanted = sum(len(train) for train, _ in self._asked.values())
         found = [reply for reply in self._accepted(replies) if reply.trained]
-        for node, (asked, _) in self._asked.items():
-            why = "no reply before the deadline"
-            log(WARNING, "round %s: node %s: %s", server_round, node, why)
-            self.round.failed |= dict.fromkeys(asked, why)
         if sum(len(r.trained) for r in found) < min(self.min_replies, wanted):
             self.round.short = True
             self.round.enter_failed(self.roster)

@@ -322,5 +322,5 @@ def _draw(n: int, once: Callable[[int], Arcs], what: str) -> Arcs:
             return arcs
     raise ValueError(
         f"{ATTEMPTS} networks of {n} clients with {what} were drawn and none is "
-        "strongly connected; make it denser, or draw a fresh one each round"
+        "strongly connected; make it denser"
     )

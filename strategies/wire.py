@@ -5,7 +5,7 @@ One message goes to each node in a round, whatever the number of clients that it
     server -> node   down    theta, buffers, and what the algorithm adds (one array each)
                      order   round, whom to train from which version of memory, whom to evaluate
     node -> server   up      the weighted mean over the node's trained clients (one array each)
-                     report  its weight, and lists with one entry for each client
+                     report  lists with one entry for each client
                      faults  client id -> one line, for those left out
 
 Arrays are decoded without ``numpy.load``: a header that claims more than arrived allocates

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from app.config import load
+from app.deployment import marked
 from bench import __main__ as bench
 from bench import overhead
-from bench.own_flower import marked
 from bench.workloads import ALL, WORKLOADS, Workload
 
 
@@ -62,7 +62,7 @@ def test_memory_is_that_of_all_processes_that_a_contender_started() -> None:
         held = bench.resident(marked(mark))
         process.communicate(b"\n")
     assert 60 < held < 200
-    assert marked(mark) == []
+    assert marked(mark) == {}
 
 
 def test_optimizers_are_timed_side_by_side(

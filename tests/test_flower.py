@@ -44,7 +44,7 @@ def test_a_mistake_is_told_before_flower_starts(home: Path) -> None:
     with pytest.raises(UserError, match=r"data|npz"):
         run_flower(["data=npz", f"data.path={home}/none.npz"], lines.append)
     assert lines == []
-    assert belonging(home) == []
+    assert belonging(home) == {}
 
 
 def same(ours: Result, theirs: Result) -> None:
