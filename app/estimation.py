@@ -169,8 +169,10 @@ def estimate(
             "bytes": {"down": {}, "up": {"state": found.bytes - sent}},
             "strategy": {"link_bytes": found.bytes - sent},
             "seconds": {"round": now - seconds},
-            # A product with second derivatives counts as two gradients.
-            "gradients": 2 * config.clients * (products if m else how.power_steps),
+            # A product with second derivatives counts as two gradients; before the first step
+            # stand those that check alpha, and the outer cost's gradient.
+            "gradients": config.clients
+            * (2 * products if m else 2 * how.power_steps + 1),
         }
         if not m:
             record["loss"] = (

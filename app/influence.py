@@ -147,9 +147,12 @@ def _records(
     records, last = [], Look(0, torch.zeros(0), 0, 0, 0.0)
     products = 2 if config.local.batch and how.independent else 1
     for look in looks:
-        steps = look.step - last.step
-        if how.method == "push" and not last.step:
-            steps += how.power_steps
+        # A product with second derivatives counts as two gradients. Before the first step stand
+        # those that check alpha, and the outer cost's gradient; conjugate gradients exchange that
+        # too, and end with one more product.
+        gradients = 2 * products * (look.step - last.step)
+        if not last.step:
+            gradients += 1 + (2 * how.power_steps if how.method == "push" else 0)
         told: dict[str, Any] = {
             "norm": float(look.predicted.norm()),
             "messages": look.messages - last.messages,
@@ -163,8 +166,7 @@ def _records(
                 "bytes": {"down": {}, "up": {"state": look.bytes - last.bytes}},
                 "strategy": {"link_bytes": look.bytes - last.bytes},
                 "seconds": {"round": look.seconds - last.seconds},
-                # A product with second derivatives counts as two gradients.
-                "gradients": 2 * config.clients * products * steps,
+                "gradients": config.clients * gradients,
             }
         )
         last = look

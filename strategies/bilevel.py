@@ -214,13 +214,8 @@ class Bilevel:
             self.again(attempt)
         self._told.failed |= silent
         fine = [k for k in clients if k not in self._told.failed]
-        work = {
-            "start": 1,
-            "curvature": 2,
-            "step": 2,
-            "push": 2 + 2 * self.how.independent,
-        }
-        self._told.gradients += len(fine) * work.get(what, 0)
+        samples = self.federation.roster.samples
+        self._told.gradients += sum(self.how.gradients(what, samples[k]) for k in fine)
         if what in ("start", "push", "step", "settle"):
             self.ledger |= dict.fromkeys(fine, self._version(step))
         # In the clients' order, whichever attempt they answered: sums have the same bits.

@@ -94,7 +94,7 @@ class Member:
     def _draw(self) -> Draw | None:
         """Return the function that draws its batches; None if it takes all samples."""
         size, count = self.how.batch, len(self.own.y)
-        if not 0 < size < count:
+        if not self.how.batched(count):
             return None
 
         def draw(purpose: str, k: int) -> list[Tensor]:

@@ -46,7 +46,7 @@ class Told:
     link_messages, link_bytes : int
         What the network's links would carry.
     gradients : int
-        Of all clients; a product with second derivatives counts as two.
+        Of all clients and learners; a product with second derivatives counts as two.
     seconds : float
         Of it all.
     """

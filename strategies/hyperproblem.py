@@ -179,8 +179,8 @@ def conjugate_gradients(
         p = residual + square / before * p
     cross = products.cross(y.expand(n, -1).contiguous(), "", 0)
     v = tuple((a - b) / n for a, b in zip(by_lambda, cross, strict=True))
-    # Up and down for each client in an exchange, and y down at the end.
-    messages = n * (2 * exchanges + 1)
+    # Each client's part of g goes up, p down and H_i p up in an iteration, y down at the end.
+    messages = n * 2 * exchanges
     return Found(v, exchanges, messages, messages * y.numel() * y.element_size())
 
 

@@ -188,15 +188,16 @@ class Trainer:
     ) -> int:
         """Return the gradient evaluations of so many steps, with so many estimates.
 
-        ``length`` is that of the vector trained: one with its own cost may hold several models.
+        Each is that of one model: an objective may have several, and so may, with an algorithm
+        that has a cost of its own, the vector trained, of this ``length``.
         """
-        optimizer = self.optimizer
+        optimizer, models = self.optimizer, self.objective.models
         if self.costing:
-            return steps * max(length // self.objective.layout.size, 1)
+            return models * steps * max(length // self.objective.layout.size, 1)
         each = 2 if optimizer.models(round_) else 1
         products = 2 * steps if optimizer.along else 0
         estimates = optimizer.curvature.cost * len(due) if optimizer.curvature else 0
-        return each * steps + products + estimates
+        return models * (each * steps + products + estimates)
 
 
 def missing(algorithm: Algorithm, optimizer: Optimizer) -> list[str]:

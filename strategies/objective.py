@@ -71,6 +71,9 @@ class Objective:
         (K d,), and an algorithm that is `Plural` asks for one at a time.
     """
 
+    #: Models that are evaluated in one evaluation of it, each of which has its gradient.
+    models = 1
+
     def __init__(
         self,
         module: nn.Module,

@@ -49,6 +49,8 @@ class PersonalObjective(Objective):
 
     Attributes
     ----------
+    models : int
+        K: a gradient goes through all of them.
     task : Personal
         Costs and predictions, without the weight decay of a local optimizer.
     zero : Tensor
@@ -77,7 +79,8 @@ class PersonalObjective(Objective):
             logits: Tensor = functional_call(one, layout.unflatten(theta), (x,))
             return logits
 
-        self.task = Personal(net, layout.size, classes, families, len(learners))
+        self.models = len(learners)
+        self.task = Personal(net, layout.size, classes, families, self.models)
         label = torch.zeros(1, dtype=torch.int64)
         self.zero = self.task.zeros(Own(like, label, like, label))
 

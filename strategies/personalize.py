@@ -131,6 +131,20 @@ class Personalize(HGP):
         """More than the exchanges of an estimate, so that they can be numbered."""
         return self.depth + 2
 
+    def batched(self, samples: int) -> bool:
+        """Return whether a client with so many samples takes batches of them in its products."""
+        return 0 < self.batch < samples
+
+    def gradients(self, what: str, samples: int) -> int:
+        """Return the gradients that a client's part in an exchange takes, one for each learner.
+
+        A product with second derivatives counts as two. Those of a push come from one pass, unless
+        each has a batch of its own.
+        """
+        passes = 2 if self.independent and self.batched(samples) else 1
+        work = {"start": 1, "curvature": 2, "push": 2 * passes, "step": 2}
+        return self.K * work.get(what, 0)
+
     def built(self) -> tuple[Family, ...]:
         """Return the families."""
         found: list[Family] = []

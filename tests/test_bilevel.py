@@ -49,6 +49,7 @@ PLAIN = (
 GIVEN = (*PLAIN, "personal=hgp", "personal.every=1")
 ALL = "personal.families=[class_weights,logit_weights,mixture,weight_decay,feature_scales]"
 SHARED = "personal.independent=false"
+MIXED = "personal.families=[mixture]"
 NETWORK = ("strategy=pushsum", "topology=stochastic_directed", "strategy.judge=own")
 
 
@@ -501,14 +502,29 @@ def test_one_that_is_lost_does_not_cost_the_others_their_scores(run: Door) -> No
     assert result.records[4]["clients"]["accuracy_mean"] > 0
 
 
-@pytest.mark.parametrize("outer", [0, 2])
-def test_gradients_count_what_was_computed(run: Door, outer: int) -> None:
-    given = [*PLAIN, "strategy=fedavg", "rounds=3", "personal.power_steps=0"]
-    plain = run(*given[:-1]).summary["gradients"]
-    own = ["personal=hgp", f"personal.every={outer}", "personal.depth=3"]
-    more = run(*given, *own).summary["gradients"] - plain
-    # Of six clients: one gradient, two steps of two products each, and one of one.
-    assert more == (6 * (1 + 2 * 4 + 2) if outer else 0)
+@pytest.mark.parametrize(
+    ("words", "learners", "passes", "rest"),
+    [
+        # Every push has two products; beside them one gradient, and the last step's product.
+        (("personal.every=2",), 1, (1, 1), 1 + 2),
+        # With more than 150 samples each product has a batch of its own.
+        (("personal.batch=150", "personal.power_steps=4"), 1, (1, 2), 4 * 2 + 1 + 2),
+        (("personal.batch=8", SHARED, MIXED, "engine=loop"), 3, (1, 1), 1 + 2),
+        (("personal.every=0", MIXED, "engine=vmap"), 3, (0, 0), 0),
+    ],
+)
+def test_gradients_count_what_was_computed(
+    run: Door, words: tuple[str, ...], learners: int, passes: tuple[int, int], rest: int
+) -> None:
+    tasks = list[Run]()
+    own = "personal=hgp", "personal.every=2", "personal.depth=3"
+    given = *PLAIN, "strategy=fedavg", "rounds=3", *own, "personal.power_steps=0"
+    found = run(*given, *words, edit=tasks.append).summary["gradients"]
+    sizes = [len(tasks[0].setting.samples(k).train) for k in range(6)]
+    assert min(sizes) < 150 < max(sizes), "else this shows nothing"
+    training = sum(3 * -(-size // 60) for size in sizes)
+    pushes = sum(2 * 2 * passes[size > 150] for size in sizes)
+    assert found == learners * (training + pushes + 6 * rest)
 
 
 @pytest.mark.parametrize(

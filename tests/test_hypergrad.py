@@ -185,6 +185,9 @@ def test_conjugate_gradients_need_no_more_iterations_than_parameters() -> None:
     found = conjugate_gradients(task.problem(), steps=3, tolerance=0)
     torch.testing.assert_close(stacked(found.v), task.exact(), rtol=1e-11, atol=1e-12)
     assert found.exchanges == 4
+    # Up g; in three iterations down p and up H_i p; down y.
+    assert found.messages == 5 * (1 + 3 * 2 + 1)
+    assert found.bytes == found.messages * 3 * 8
     steps = []
     settings = HGP(60, 1, 0.5, power_steps=0)
     hypergradients(
@@ -436,6 +439,10 @@ def test_a_run_records_every_step(run: Callable[..., Result]) -> None:
     assert found.summary["loss"] == found.records[0]["loss"] < math.log(2)
     noisy = run("topology=complete", "rounds=60", "local.batch=20", quick=given)
     assert abs(noisy.records[-1]["hypergradient"]["error"] - steps[-1]["error"]) > 0.01
+    # Of three clients: the outer cost's and twenty products for alpha, then those of a step.
+    for result, passes in ((found, 1), (noisy, 2)):
+        spent = [r["gradients"] for r in result.records]
+        assert spent == [3 * (1 + 20 * 2)] + 60 * [3 * 2 * passes]
     again = run("topology=complete", "rounds=60", "local.batch=20", quick=given)
     assert [r["hypergradient"] for r in again.records] == [
         r["hypergradient"] for r in noisy.records

@@ -244,6 +244,8 @@ def test_a_run_lists_every_sample_of_every_client(run: Callable[..., Result]) ->
     assert last["round"] == 150 and last["influence"]["r2"] == told["r2"]
     assert last["influence"]["messages"] == 12  # two steps, each client to two others
     assert found.records[5]["influence"]["r2"] < told["r2"]
+    # The outer cost's gradient, products that check alpha, and those of the series.
+    assert found.summary["gradients"] == 3 * (1 + 20 * 2 + 150 * 2)
     rows = table(found.path)
     assert list(rows[0]) == ["client", "sample", "label", "predicted", "actual"]
     assert [r["client"] for r in rows] == ["0"] * 100 + ["1"] * 100 + ["2"] * 100
@@ -266,6 +268,9 @@ def test_the_minimizer_and_the_server_in_a_run(run: Callable[..., Result]) -> No
     assert found.summary["influence"]["slope"] < 1e-10
     assert found.summary["influence"]["r2"] > 0.9
     assert len(found.records) == 2
+    # One exchange has no product, and the last product no exchange.
+    exchanges = found.records[1]["round"]
+    assert found.records[1]["gradients"] == 3 * (1 + 2 * exchanges)
     again = run(CG, "estimate.select=random", quick=TOY)
     assert table(again.path) == table(found.path)
     other = run(CG, "estimate.select=random", "estimate.check=0", quick=TOY)
@@ -286,6 +291,8 @@ def test_images_come_as_a_contact_sheet(run: Callable[..., Result]) -> None:
     assert told["r2"] > 0.9
     batches = run("local.batch=8", quick=IMAGES)
     assert batches.summary["influence"]["r2"] != told["r2"]
+    # Of each client: a pass for each product of a step, and one for each that checks alpha.
+    assert batches.summary["gradients"] == 3 * (1 + 20 * 2 + 4 * 2 * 2)
 
 
 def test_what_cannot_be_trusted_says_so(run: Callable[..., Result]) -> None:
