@@ -12,6 +12,7 @@ client i's row alone, so that one differentiation gives everybody's product.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -146,12 +147,18 @@ def conjugate_gradients(
     steps : int
         At most so many iterations.
     tolerance : float
-        Ends where the residual is so small beside g.
+        Ends where the residual is so small beside g, as far as the numbers can tell. Directions
+        without curvature, such as softmax does not know, are left alone.
 
     Raises
     ------
     ValueError
-        If the problem draws batches, or H is not positive definite.
+        If the problem draws batches, H is not positive definite, or something is not finite.
+
+    Warns
+    -----
+    RuntimeWarning
+        If it ends before the residual is so small.
     """
     if problem.draw is not None:
         raise ValueError(
@@ -161,14 +168,22 @@ def conjugate_gradients(
     by_x, by_lambda = products.outer()
     residual = by_x.mean(0)
     y, p, square = torch.zeros_like(residual), residual, residual @ residual
-    goal, exchanges = square * tolerance**2, 1
+    if not square.isfinite():
+        raise ValueError("the slope of the outer cost is not finite")
+    eps, top = torch.finfo(residual.dtype).eps, 0.0
+    start, goal, exchanges = square, square * max(tolerance, 10 * eps) ** 2, 1
     for _ in range(steps):
         if square <= goal:
             break
         curved = products.hessian(p.expand(n, -1).contiguous(), "", 0).mean(0)
         exchanges += 1
         bend = p @ curved
-        if bend <= 0:
+        curvature = float(bend / (p @ p))
+        top = max(top, curvature)
+        flat = top * eps**0.75
+        if not curvature > flat:  # or NaN
+            if -flat < curvature:  # what is left of the residual may be rounding
+                break
             raise ValueError(
                 f"the mean Hessian is not positive definite (p'Hp = {float(bend):.3g}): the "
                 "models are not at a minimum"
@@ -177,8 +192,18 @@ def conjugate_gradients(
         residual = residual - square / bend * curved
         before, square = square, residual @ residual
         p = residual + square / before * p
+    if not square <= goal:
+        left = float((square / start).sqrt())
+        warnings.warn(
+            f"conjugate gradients ended after {exchanges - 1} iterations with a residual of "
+            f"{left:.1e} beside g: more of them are needed, or some damping",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     cross = products.cross(y.expand(n, -1).contiguous(), "", 0)
     v = tuple((a - b) / n for a, b in zip(by_lambda, cross, strict=True))
+    if not all(bool(part.isfinite().all()) for part in v):
+        raise ValueError("the hyper-gradients are not finite")
     # Each client's part of g goes up, p down and H_i p up in an iteration, y down at the end.
     messages = n * 2 * exchanges
     return Found(v, exchanges, messages, messages * y.numel() * y.element_size())

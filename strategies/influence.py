@@ -92,13 +92,14 @@ def predict(
     Raises
     ------
     ValueError
-        If the mean Hessian is not positive definite (conjugate gradients), or the number of clients
-        is not the network's.
+        If the mean Hessian is not positive definite or something not finite (conjugate gradients),
+        or the number of clients is not the network's.
 
     Warns
     -----
     RuntimeWarning
-        If alpha is too large, or the model is not at a minimum.
+        If alpha is too large, the model is not at a minimum, or ``depth`` conjugate gradients are
+        too few.
     """
     problem = task.problem(theta, settings.damping)
     if settings.method == "push":

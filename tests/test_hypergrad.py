@@ -202,6 +202,23 @@ def test_conjugate_gradients_need_no_more_iterations_than_parameters() -> None:
     assert steps[-1] < 1e-6
 
 
+def test_conjugate_gradients_that_end_too_early_say_so() -> None:
+    problem = Quadratics(5).problem()
+    with pytest.warns(RuntimeWarning, match=r"after 2 iterations with a residual of"):
+        found = conjugate_gradients(problem, steps=2)
+    assert found.exchanges == 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["H", "J", "a", "c"])
+def test_conjugate_gradients_refuse_what_is_not_finite(where: str, bad: float) -> None:
+    task = Quadratics(3)
+    problem = task.problem()
+    getattr(task, where)[1] = bad  # after the minimizer was found
+    with pytest.raises(ValueError, match=r"not finite|p'Hp = nan"):
+        conjugate_gradients(problem)
+
+
 @register
 def slope_of_mine(site: Site, x: Tensor, lambdas: Tensor) -> Tensor:
     """Return df_i/dx of the quadratics, whose matrices are the client's sample."""

@@ -26,6 +26,7 @@ from app.influence_report import (
 )
 from strategies import topology
 from strategies.families import Own, SampleWeights
+from strategies.hyperproblem import conjugate_gradients
 from strategies.influence import Influence, left_out, predict
 from strategies.network import Network
 from strategies.personalization import Personal
@@ -158,6 +159,22 @@ def test_conjugate_gradients_give_the_same() -> None:
     np.testing.assert_allclose(fast, predicted(DEEP), rtol=1e-8, atol=1e-12)
 
 
+def test_conjugate_gradients_in_single_precision_leave_flat_directions_alone() -> None:
+    half = tuple(
+        Own(own.x.float(), own.y, own.outer_x.float(), own.outer_y)
+        for own in task().clients
+    )
+    # Without decay the cost does not know a number added to both logits.
+    whole, rough = (
+        Task(Personal(net, SIZE, 2, (SampleWeights(),)), own)
+        for own in (task().clients, half)
+    )
+    theta = minimize(whole, torch.zeros(SIZE, dtype=F64), whole.ones())
+    found = torch.cat(conjugate_gradients(rough.problem(theta.float())).v)
+    expected = torch.cat(conjugate_gradients(whole.problem(theta)).v)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_gradient_descent_goes_to_the_minimizer() -> None:
     rate = SGD(lr=0.5, momentum=0.5, weight_decay=task().personal.decay)
     start = torch.zeros(SIZE, dtype=F64)
@@ -273,6 +290,10 @@ def test_the_minimizer_and_the_server_in_a_run(run: Callable[..., Result]) -> No
     assert found.records[1]["gradients"] == 3 * (1 + 2 * exchanges)
     again = run(CG, "estimate.select=random", quick=TOY)
     assert table(again.path) == table(found.path)
+    assert found.summary["influence"]["warnings"] == []
+    early = run(CG, "rounds=2", "estimate.check=0", quick=TOY)
+    (doubt,) = early.summary["influence"]["warnings"]
+    assert "ended after 2 iterations" in doubt
     other = run(CG, "estimate.select=random", "estimate.check=0", quick=TOY)
     assert not (other.path / "influence.png").exists()
     assert not any(r["actual"] for r in table(other.path))
