@@ -14,7 +14,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from app.hypers import beside, own_of
+from app.hypers import alone, beside, own_of
 from app.judging import brief, score, scored
 from app.node import Node
 from app.personal_check import settings
@@ -41,15 +41,22 @@ def work(message: Message, context: Context) -> Message:
     task = replace(goal.task, decay=decay)
     clients = cast(list[int], order["clients"])
     sent = _arrived(message, goal, len(clients) if each else 1)
-    store = beside(node.store(context, order))
+    place = node.store(context, order)
+    store, what = beside(place), str(order["what"])
     named = cast(list[int], order["hyper_versions"])
     shares = cast(list[float], order["shares"])
     version, keep = cast(int, order["version"]), cast(int, order["keep"])
     done, lost, faults = list[int](), list[int](), dict[str, Any]()
     rows, up = list[list[float]](), list[Tensor]()
+    first, took = goal.initial()[0], list[int]()
     for i, k in enumerate(clients):
         try:
-            memory = recall(store, k, named[i], how.fresh(goal.zero))
+            samples, local, gradients = node.samples(k), first, 0
+            fresh = how.fresh(goal.zeros(len(samples.train)))
+            memory = recall(store, k, named[i], fresh)
+            # Any model serves as its own as long as l = 0 and nobody asks for the derivative.
+            if how.interpolates and (named[i] or what == "start"):
+                local, gradients = alone(node, how, place, k)
             mine = {n: block[i if each else 0] for n, block in sent.items()}
             client = Member(
                 id=k,
@@ -57,8 +64,8 @@ def work(message: Message, context: Context) -> Message:
                 share=shares[i],
                 how=how,
                 task=task,
-                own=own_of(node.samples(k), how),
-                theta=mine.get("theta", goal.zero),
+                own=own_of(samples, how, local),
+                theta=mine.get("theta", first),
                 memory=memory,
                 seed=node.config.seed,
                 at=cast(int, order["at"]),
@@ -78,11 +85,15 @@ def work(message: Message, context: Context) -> Message:
             continue
         done.append(k)
         rows.append([scores.get(name, 0.0) for name in SCORES])
+        # Told where the training is paid for: in the client's first estimate.
+        took.append(0 if named[i] else gradients)
         if u is not None:
             up.append(u)
     columns = list(zip(*rows, strict=True)) or [()] * len(SCORES)
     report: dict[str, Any] = {"clients": done, "lost": lost}
     report |= {n: list(c) for n, c in zip(SCORES, columns, strict=True)}
+    if how.interpolates and what == "start":
+        report["alone"] = took
     content = RecordDict(
         {
             "up": pack({"u": _sent(up, each)} if up else {}),
@@ -135,13 +146,14 @@ def _scores(node: Node, client: Member, order: ConfigRecord) -> dict[str, float]
     """Return what a client measures with its own model and l, if it is asked to."""
     if order["what"] not in ("look", "start"):
         return {}
-    run, lam = node.trainer(), client.memory["l"]
+    run, lam, own = node.trainer(), client.memory["l"], client.own
     goal = cast(PersonalObjective, run.objective)
-    predict = functools.partial(goal.predictions, client.theta, lam)
+    has = {"l": lam} if own.local is None else {"l": lam, "local": own.local}
+    predict = functools.partial(goal.predictions, client.theta, has)
     samples = node.samples(client.id)
     row = scored(run, predict, node, client.id)
     if not len(samples.validation):  # it decides by what it has
         kept = score(run, predict, samples.train)
         row |= {f"validation_{n}": kept[n] for n in ("loss", "accuracy")}
-    cost = client.task.outer(client.theta, lam, client.own)
+    cost = client.task.outer(client.theta, lam, own)
     return row | {"outer_cost": float(cost)}

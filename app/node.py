@@ -145,8 +145,8 @@ def train_all(
             blank = run.fresh(mine["theta"]) if fresh and mine else fresh
             memory = recall(store, k, version if version > since else 0, blank)
             client = Client(k, size, size / mean_samples, samples.entropy)
-            l_k = hyper(k) if hyper else None
-            jobs.append(Job(client, part, memory, mine, l_k))
+            has = hyper(k) if hyper else {}
+            jobs.append(Job(client, part, memory, mine, has))
         except Lost as error:
             faults[str(k)] = str(error)[:300]
             lost.append(k)

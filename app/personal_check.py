@@ -44,10 +44,16 @@ def check_personal(config: Config) -> None:
         raise UserError(
             f"{what}: the vectors of an estimate are not protected; use privacy=none"
         )
-    if bind("optimizer", config.optimizer)().curvature:
+    optimizer = bind("optimizer", config.optimizer)()
+    if optimizer.curvature:
         raise UserError(
             f"{what}: optimizer={config.optimizer.name} estimates the curvature of the "
             "plain model; use optimizer=sgd"
+        )
+    if how.interpolates and optimizer.models(2):
+        raise UserError(
+            f"{what}: optimizer={config.optimizer.name} trains no model alone, which "
+            "interpolation needs; use optimizer=sgd"
         )
     if how.outer == "validation" and not config.client_validation:
         raise UserError(

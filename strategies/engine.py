@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -95,6 +96,7 @@ def train(
         jobs, key=lambda j: (-trainer.local.steps_of(j.client.samples), j.client.id)
     )
     vectors = 4 + len(trainer.algorithm.up) + 2 * len(jobs[0].memory) if jobs else 1
+    vectors += sum("local" in job.hyper for job in jobs[:1])
     length = len({**down, **jobs[0].own}["theta"]) if jobs else 1
     room = ROOM[down["theta"].device.type] // (vectors * max(length, 1))
     size = max(room, 2)
@@ -122,7 +124,10 @@ def loop(
         noise = noise_of(trainer, round_, who, first, drawn) if noisy else {}
         noise = {n: v[0].to(part.x.device) for n, v in noise.items()}
         x, y = part.x.index_select(0, rows), part.y.index_select(0, rows)
-        batch = Batch(x, y, noise, hyper=job.hyper)
+        batch = Batch(x, y, noise)
+        if job.hyper:
+            places = drawn[0].to(part.x.device)
+            batch = replace(batch, hyper={**job.hyper, "places": places})
         if t in due and optimizer.curvature:
             place = Place(trainer.seed, round_, job.client.id, t, first)
             random = trainer.draw(place, batch.y.shape).to(theta.device)

@@ -46,7 +46,8 @@ class Told:
     link_messages, link_bytes : int
         What the network's links would carry.
     gradients : int
-        Of all clients and learners; a product with second derivatives counts as two.
+        Of all clients and learners; a product with second derivatives counts as two. Those of
+        clients that have trained alone for their first estimate are among them.
     seconds : float
         Of it all.
     """
@@ -114,6 +115,9 @@ class Told:
         if what in ("look", "start"):
             columns = [numbers(report, n, len(told)) for n in SCORES]
             rows = zip(*columns, strict=True)
+        alone = numbers(report, "alone", len(told)) if "alone" in report else []
+        if not all(0 <= n < 2**40 for n in alone):
+            raise Refused("report: alone is impossible")
         up = None
         if what in ("start", "push", "curvature") and told:
             length = size * (len(told) if each else 1)
@@ -121,6 +125,7 @@ class Told:
             vectors = unpack(record, {"u": length}, dtype)
             limit(vectors)
             up = vectors["u"]
+        self.gradients += int(sum(alone))
         self.failed |= faults
         self.lost += lost
         for k, row in zip(told, rows, strict=False):

@@ -87,15 +87,16 @@ class Job:
         Its memory, of the version that the server names.
     own : Vectors
         What was sent to it alone, in place of what all received: ``theta``, ``buffers``.
-    hyper : Tensor or None
-        Its own hyper-parameters, (p,), if clients have any.
+    hyper : Vectors
+        What it has of its own, if clients have: hyper-parameters ``l`` (p,), and perhaps a model
+        ``local`` (d,).
     """
 
     client: Client
     part: Part
     memory: Vectors
     own: Vectors = field(default_factory=dict)
-    hyper: Tensor | None = None
+    hyper: Vectors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

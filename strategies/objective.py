@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from strategies.algorithm import Net
+from strategies.algorithm import Net, Vectors
 from strategies.individual import Seen
 from strategies.losses import LOSSES
 from strategies.vector import Layout
@@ -37,15 +37,16 @@ class Batch:
         Uniform numbers for the model's dropout layers, by buffer name, shape (B, ...).
     weights : Tensor or None
         Weight of each sample in the mean loss, shape (B,), with sum 1; None weighs alike.
-    hyper : Tensor or None
-        Hyper-parameters of the client that it is from, (p,), if clients have any.
+    hyper : Vectors
+        What the client that it is from has of its own (see `Job.hyper`), and ``places`` (B,): which
+        of the client's samples these are. Empty where clients have nothing.
     """
 
     x: Tensor
     y: Tensor
     noise: Mapping[str, Tensor]
     weights: Tensor | None = None
-    hyper: Tensor | None = None
+    hyper: Vectors = field(default_factory=dict)
 
 
 def _slot(module: nn.Module, name: str, kind: str) -> tuple[dict[str, Any], str]:

@@ -1,8 +1,12 @@
 """The objective of a model whose clients have hyper-parameters of their own.
 
 Engines, algorithms and optimizers see an objective as always. What is new is that a batch brings
-its client's l (``Batch.hyper``), and that a client is judged by its own predictions. Without an l,
-as on the server's test set, it is l = 0: the plain model, or the mean of the learners.
+what its client has of its own (``Batch.hyper``), and that a client is judged by its own
+predictions. Without an l, as on the server's test set, it is l = 0: the plain model, or the mean
+of the learners.
+
+The weights of samples stand last in l, whatever the order of the families: their number differs by
+client, so engines may pad l at its end, and a batch takes its own samples' from there.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from strategies.families import Family, Own
+from strategies.algorithm import Vectors
+from strategies.families import Family, Own, SampleWeights
 from strategies.objective import Batch, Objective
 from strategies.personalization import Personal
 from strategies.vector import Layout
@@ -53,8 +58,8 @@ class PersonalObjective(Objective):
         K: a gradient goes through all of them.
     task : Personal
         Costs and predictions, without the weight decay of a local optimizer.
-    zero : Tensor
-        l = 0, (p,).
+    common : int
+        Entries of l before the weights of samples: as many for each client.
 
     Raises
     ------
@@ -80,27 +85,42 @@ class PersonalObjective(Objective):
             return logits
 
         self.models = len(learners)
-        self.task = Personal(net, layout.size, classes, families, self.models)
-        label = torch.zeros(1, dtype=torch.int64)
-        self.zero = self.task.zeros(Own(like, label, like, label))
+        ordered = tuple(sorted(families, key=lambda f: isinstance(f, SampleWeights)))
+        self._weighs = any(isinstance(family, SampleWeights) for family in families)
+        self.task = Personal(net, layout.size, classes, ordered, self.models)
+        none = torch.zeros(0, dtype=torch.int64)
+        self._zero = self.task.zeros(Own(like, none, like, none, self.initial()[0]))
+        self.common = len(self._zero)
 
-    def own(self, batch: Batch) -> tuple[Own, Tensor]:
-        """Return a batch as all that its client has, and l: the batch's, or zero."""
-        own = Own(batch.x, batch.y, batch.x, batch.y)
-        return own, self.zero if batch.hyper is None else batch.hyper
+    def zeros(self, samples: int) -> Tensor:
+        """Return l = 0 of a client with so many training samples, (p,)."""
+        return self._zero.new_zeros(self.common + samples * self._weighs)
+
+    def own(self, theta: Tensor, batch: Batch) -> tuple[Own, Tensor]:
+        """Return a batch as all that its client has, and its l: the batch's, or zero."""
+        hyper = batch.hyper
+        # Where l = 0 any model serves as the client's own: theta is one.
+        local = hyper.get("local", theta)
+        own = Own(batch.x, batch.y, batch.x, batch.y, local)
+        if "l" not in hyper:
+            return own, self.zeros(len(batch.y))
+        if not self._weighs:
+            return own, hyper["l"]
+        common, weights = hyper["l"][: self.common], hyper["l"][self.common :]
+        return own, torch.cat([common, weights.gather(0, hyper["places"])])
 
     def outputs(
         self, theta: Tensor, buffers: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """Return what the batch's client predicts."""
-        own, hyper = self.own(batch)
+        own, hyper = self.own(theta, batch)
         return self.task.predict(theta, hyper, own, batch.x), buffers
 
     def loss(
         self, theta: Tensor, buffers: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """Return f_i of the batch."""
-        own, hyper = self.own(batch)
+        own, hyper = self.own(theta, batch)
         return self.task.inner(theta, hyper, own, shares=batch.weights), buffers
 
     def gradient(
@@ -112,7 +132,9 @@ class PersonalObjective(Objective):
         (gradient,) = torch.autograd.grad(loss, theta)
         return gradient, loss.detach(), buffers
 
-    def predictions(self, theta: Tensor, hyper: Tensor, x: Tensor) -> Tensor:
-        """Return what a client with these hyper-parameters predicts, (B, C)."""
-        label = torch.zeros(1, dtype=torch.int64)
-        return self.task.predict(theta, hyper, Own(x, label, x, label), x)
+    def predictions(self, theta: Tensor, hyper: Vectors, x: Tensor) -> Tensor:
+        """Return what a client with this of its own (see `Job.hyper`) predicts, (B, C)."""
+        none = torch.zeros(0, dtype=torch.int64)
+        own = Own(x, none, x, none, hyper.get("local"))
+        # The weights of training samples are no part of a prediction.
+        return self.task.predict(theta, hyper["l"][: self.common], own, x)

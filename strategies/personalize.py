@@ -8,6 +8,9 @@
 `personalization.py`.) l_i, Adam's moments and v_i stay on the client: what leaves it is what
 training sends, and the vectors u_i in R^d of the estimate.
 
+The family `Interpolation` needs a model that the client has trained alone (`solo`). It begins where
+everybody begins, and nothing of it is sent.
+
 The outer cost is that of samples which clients do not train on; ``outer: train`` is what the
 authors' code does. A client whose hyper-gradient is not finite keeps its l_i.
 
@@ -18,7 +21,7 @@ then taken times w_i. The estimate takes the model where inner training left it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -30,13 +33,19 @@ from strategies.families import (
     ClassWeights,
     Family,
     FeatureScales,
+    Interpolation,
     LogitWeights,
     Mixture,
     Own,
+    SampleWeights,
     WeightDecay,
 )
+from strategies.fedavg import FedAvg
 from strategies.hypergrad import HGP
+from strategies.local import Trainer
 from strategies.personalization import Personal
+from strategies.privacy import Unprotected
+from strategies.randomness import generator
 
 #: The families that a run can have, by the names that they have in its settings.
 FAMILIES: dict[str, type[Family]] = {
@@ -45,9 +54,17 @@ FAMILIES: dict[str, type[Family]] = {
     "mixture": Mixture,
     "weight_decay": WeightDecay,
     "feature_scales": FeatureScales,
+    "sample_weights": SampleWeights,
+    "interpolation": Interpolation,
 }
 Kind = Literal[
-    "class_weights", "logit_weights", "mixture", "weight_decay", "feature_scales"
+    "class_weights",
+    "logit_weights",
+    "mixture",
+    "weight_decay",
+    "feature_scales",
+    "sample_weights",
+    "interpolation",
 ]
 #: A number for all families, or one for each by name.
 Each = float | dict[Kind, float]
@@ -60,9 +77,11 @@ class Personalize(HGP):
     Attributes
     ----------
     families : tuple of str
-        Which (see `FAMILIES`), in the order of their parts in l.
+        Which (see `FAMILIES`).
     learners : int or None
         K, of the mixture; None is 3 with one, and 1 without.
+    alone : int or None
+        Epochs of a client's training alone, for the interpolation; None is 20 with it.
     gamma : float or dict of str to float
         Of the regularizers gamma/2 |l|^2: one for all families, or each its own.
     every : int
@@ -81,6 +100,7 @@ class Personalize(HGP):
 
     families: tuple[Kind, ...] = ("class_weights",)
     learners: Annotated[int, Ge(1)] | None = None
+    alone: Annotated[int, Ge(1)] | None = None
     gamma: Each = 0.0
     every: Annotated[int, Ge(0)] = 10
     start: Literal["warm", "cold"] = "warm"
@@ -102,6 +122,10 @@ class Personalize(HGP):
         if self.learners and not mixes and self.learners > 1:
             raise ValueError(
                 f"learners={self.learners} without the family mixture: the model is one learner"
+            )
+        if self.alone and not self.interpolates:
+            raise ValueError(
+                f"alone={self.alone} without the family interpolation: nobody trains alone"
             )
         for what in ("gamma", "lr"):
             given = getattr(self, what)
@@ -125,6 +149,11 @@ class Personalize(HGP):
     def K(self) -> int:
         """How many learners the shared model is made of."""
         return (self.learners or 3) if "mixture" in self.families else 1
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether each client needs a model that it has trained alone."""
+        return "interpolation" in self.families
 
     @property
     def exchanges(self) -> int:
@@ -154,6 +183,16 @@ class Personalize(HGP):
             found.append(FAMILIES[name](gamma=gamma, **more))
         return tuple(found)
 
+    def solo(self, run: Trainer) -> Trainer:
+        """Return how a client of a run trains alone: with its optimizer, and batches of its own."""
+        return replace(
+            run,
+            algorithm=FedAvg(),
+            local=replace(run.local, epochs=self.alone or 20, steps=0),
+            privacy=Unprotected(),  # the model stays where it is
+            seed=generator(run.seed, "alone").initial_seed(),
+        )
+
     # What a client remembers, and its step.
 
     def fresh(self, zero: Tensor) -> Vectors:
@@ -163,12 +202,11 @@ class Personalize(HGP):
 
     def rates(self, task: Personal, lam: Tensor, own: Own) -> Tensor:
         """Return Adam's step for each hyper-parameter, (p,)."""
-        parts = task.split(lam, own)
-        steps = [self._of("lr", name) for name in self.families]
+        names = {kind: name for name, kind in FAMILIES.items()}
         return torch.cat(
             [
-                part.new_full((len(part),), lr)
-                for (_, part), lr in zip(parts, steps, strict=True)
+                torch.full_like(part, self._of("lr", names[type(family)]))
+                for family, part in task.split(lam, own)
             ]
         )
 

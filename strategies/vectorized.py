@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from strategies.algorithm import Vectors, Witness
 from strategies.curvature import Place
@@ -32,6 +33,8 @@ class Schedule:
     ----------
     rows : Tensor
         Rows of the shared samples, int64 (n, T, B).
+    places : Tensor
+        Which of its client's samples each is, int64 (n, T, B).
     weights : Tensor
         Weight of each in its batch's mean loss, (n, T, B): 1/size or 0.
     first : Tensor
@@ -41,6 +44,7 @@ class Schedule:
     """
 
     rows: Tensor
+    places: Tensor
     weights: Tensor
     first: Tensor
     steps: list[int]
@@ -56,11 +60,12 @@ def schedule(
     steps = [length(round_, local.steps_of(size)) for size in sizes]
     width = min(local.batch or max(sizes), max(sizes))
     rows = torch.zeros(len(jobs), steps[0], width, dtype=torch.int64)
+    places = torch.zeros_like(rows)
     weights = torch.zeros(len(jobs), steps[0], width, dtype=dtype)
     first = torch.zeros(len(jobs), steps[0], dtype=torch.int64)
     # Clients with as many samples have batches of the same sizes: one draw serves them all.
-    places = sorted(range(len(jobs)), key=sizes.__getitem__)
-    for samples, group in groupby(places, key=sizes.__getitem__):
+    by_size = sorted(range(len(jobs)), key=sizes.__getitem__)
+    for samples, group in groupby(by_size, key=sizes.__getitem__):
         at = torch.tensor(list(group))
         mine = [jobs[i] for i in at.tolist()]
         who = [job.client.id for job in mine]
@@ -69,10 +74,11 @@ def schedule(
         for t, drawn in enumerate(drawings[: length(round_, len(drawings))]):
             size = drawn.shape[1]
             rows[at, t, :size] = index.gather(1, drawn)
+            places[at, t, :size] = drawn
             weights[at, t, :size] = 1.0 / size
             first[at, t] = done
             done += size
-    return Schedule(rows, weights, first, steps)
+    return Schedule(rows, places, weights, first, steps)
 
 
 def stacked(states: Sequence[Vectors]) -> Vectors:
@@ -110,9 +116,11 @@ def vectorized(
     optimizer = trainer.optimizer
     anchor, shared = anchors(down, jobs), jobs[0].part
     plan = schedule(trainer, jobs, round_, anchor.dtype)
-    hyper: Vectors = {}
-    if all(job.hyper is not None for job in jobs):
-        hyper = stacked([{"l": job.hyper} for job in jobs if job.hyper is not None])
+    # Who has fewer samples has fewer hyper-parameters, and no batch asks for those that are added.
+    hyper = {
+        n: pad_sequence([job.hyper[n] for job in jobs], batch_first=True)
+        for n in jobs[0].hyper
+    }
     constant, moving = begun(trainer, down, jobs)
     due = [
         optimizer.refreshes(j.memory, round_, steps)
@@ -155,6 +163,8 @@ def vectorized(
             constant = {**constant, "progress": (t + 0.5) / counts}
         one = later if t else first
         own = {n: v[:active] for n, v in hyper.items()}
+        if own:
+            own["places"] = plan.places[:active, t].to(anchor.device)
         given = theta, anchor[:active], constant, moving, x, y, weights, noise, own
         theta, constant, moving, loss = one(*given)
         full = full if t else constant
@@ -205,7 +215,7 @@ def _client_step(
         noise: Vectors,
         hyper: Vectors,
     ) -> tuple[Tensor, Vectors, Vectors, Tensor]:
-        batch = Batch(x, y, noise, weights, hyper.get("l"))
+        batch = Batch(x, y, noise, weights, hyper)
 
         def loss_of(point: Tensor) -> Tensor:
             if trainer.costing:

@@ -14,7 +14,7 @@ from conftest import Result, grid_of
 from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
-from app import durable, hyper_node, outer
+from app import durable, hyper_node, hypers, outer
 from app.errors import UserError
 from app.exchange import exchange
 from app.host import Samples
@@ -23,6 +23,7 @@ from app.local_grid import LocalGrid
 from app.run import Run
 from strategies import bilevel
 from strategies.bilevel import Bilevel
+from strategies.families import Own
 from strategies.hyper_client import Member
 from strategies.hyper_wire import SCORES
 from strategies.hypergrad import hypergradients
@@ -47,7 +48,11 @@ PLAIN = (
     "processes=0",
 )
 GIVEN = (*PLAIN, "personal=hgp", "personal.every=1")
-ALL = "personal.families=[class_weights,logit_weights,mixture,weight_decay,feature_scales]"
+ALL = (
+    "personal.families=[class_weights,sample_weights,logit_weights,mixture,weight_decay,"
+    "interpolation,feature_scales]"
+)
+THREE = "personal.families=[sample_weights,class_weights,interpolation]"
 SHARED = "personal.independent=false"
 MIXED = "personal.families=[mixture]"
 NETWORK = ("strategy=pushsum", "topology=stochastic_directed", "strategy.judge=own")
@@ -64,13 +69,13 @@ class Kept:
         self.grid = grid_of(overrides, 2)
         return self.grid
 
-    def memory(self, k: int) -> dict[str, Tensor]:
-        """Return the newest version of client k's memory."""
+    def memory(self, k: int, kind: str = "hyper") -> dict[str, Tensor]:
+        """Return the newest version of what client k keeps of a kind."""
         found: dict[int, ArrayRecord] = {}
         for context in self.grid._contexts.values():
             for key, record in context.state.items():
-                kind, client, version = key.split(".")
-                if kind == "hyper" and client == str(k):
+                name, client, version = key.split(".")
+                if name == kind and client == str(k):
                     assert isinstance(record, ArrayRecord)
                     found[int(version)] = record
         newest = found[max(found)]
@@ -141,11 +146,13 @@ def test_messages_give_the_estimate_of_one_process(
     (task,), (x,), n = tasks, seen.models, 6
     level, goal, federation = task.outer, task.objective, task.federation
     assert level
-    # Of a client's own only what it measures is told.
-    assert crossed == {"theta", "z", "u", "clients", "lost", *SCORES}
+    # Of a client's own only what it measures is told, and how many gradients its own model took.
+    alone = {"alone"} if ALL in given else set()
+    assert crossed == {"theta", "z", "u", "clients", "lost", *SCORES, *alone}
     assert isinstance(goal, PersonalObjective)
     how = level.level.how
-    owns = [own_of(task.setting.samples(k), how) for k in range(n)]
+    models = [kept.memory(k, "alone")["theta"] if alone else None for k in range(n)]
+    owns = [own_of(task.setting.samples(k), how, models[k]) for k in range(n)]
     weights = torch.tensor([len(own.y) for own in owns], dtype=F64)
     if "strategy.weighting=uniform" in given:
         weights = torch.ones(n, dtype=F64)
@@ -155,7 +162,7 @@ def test_messages_give_the_estimate_of_one_process(
         drawn = [permutations(0, *address, [k], len(owns[k].y))[0] for k in range(n)]
         return [rows[:batch] for rows in drawn]
 
-    lambdas = tuple(goal.zero for _ in owns)
+    lambdas = tuple(goal.zeros(len(own.y)) for own in owns)
     whole = replace(goal.task, decay=0.01)
     plain = whole.problem(owns, x, lambdas, draw if batch else None)
 
@@ -180,6 +187,45 @@ def test_messages_give_the_estimate_of_one_process(
     for lam, v in zip(kept.all("l"), found, strict=True):
         large = v.abs() > 1e-5
         assert torch.allclose(lam[large], -0.1 * v[large].sign(), rtol=1e-2)
+
+
+def test_an_estimate_after_a_step_sees_what_each_client_has(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, kept, tasks = Seen(monkeypatch), Kept(), list[Run]()
+    had = dict[int, list[Tensor]]()
+
+    def watch(record: dict[str, Any]) -> Any:
+        had[record["round"]] = kept.all("l")
+        return False, {}
+
+    given = "strategy=fedavg", "strategy.weighting=uniform", "personal.depth=3", THREE
+    short = "rounds=3", "local.batch=0", "personal.alone=3", "personal.power_steps=0"
+    own = {"grid": kept, "edit": tasks.append, "callbacks": [watch]}
+    run(*GIVEN, *given, *short, "evaluate_clients=none", **own)
+    (task,) = tasks
+    goal = task.objective
+    assert task.outer
+    assert isinstance(goal, PersonalObjective)
+    how, owns, first = task.outer.level.how, [], goal.initial()[0]
+    for k in range(6):
+        batch, model = own_of(task.setting.samples(k), how, first), first
+
+        def plain(theta: Tensor, own: Own = batch) -> Tensor:
+            return goal.task.inner(theta, goal.zeros(len(own.y)), own)
+
+        for _ in range(3):  # alone: as in a round of so many epochs
+            model = model - 0.1 * torch.func.grad(plain)(model)
+        found = kept.memory(k, "alone")["theta"]
+        torch.testing.assert_close(found, model, rtol=0, atol=1e-12)
+        owns.append(replace(batch, local=model))
+    lambdas = tuple(had[1])
+    assert len({len(lam) for lam in lambdas}) > 1
+    assert min(float(lam.abs().max()) for lam in lambdas) > 0.05
+    problem = goal.task.problem(owns, seen.models[1], lambdas)
+    expected = hypergradients(problem, Network(6, 0, complete(6, 0)), how)
+    for a, b in zip(kept.all("v"), expected.v, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
 # What personalization does to a run.
@@ -269,7 +315,7 @@ def test_what_an_estimate_sends_counts_in_the_runs_total(run: Door) -> None:
 def test_a_resumed_run_equals_one_that_never_stopped(
     run: Door, tmp_path: Any, start: str
 ) -> None:
-    strategy = NETWORK if start == "cold" else ("strategy=feddyn",)
+    strategy = (*NETWORK, THREE) if start == "cold" else ("strategy=feddyn",)
     given = [*PLAIN, *strategy, "personal=hgp", "personal.every=2", "rounds=7"]
     given += [f"personal.start={start}", "personal.depth=2", "checkpoint_every=2"]
     straight = run(*given, "name=full")
@@ -527,6 +573,54 @@ def test_gradients_count_what_was_computed(
     assert found == learners * (training + pushes + 6 * rest)
 
 
+def test_a_model_trained_alone_that_is_lost_is_trained_again(run: Door) -> None:
+    kept, undisturbed = Kept(), Kept()
+
+    def forget(record: dict[str, Any]) -> Any:
+        for context in kept.grid._contexts.values():
+            for key in [k for k in context.state if k.startswith("alone.")]:
+                del context.state[key]
+        return False, {}
+
+    given = *GIVEN, "strategy=fedavg", THREE, "rounds=3", "personal.depth=1"
+    result = run(*given, grid=kept, callbacks=[forget])
+    plain = run(*given, grid=undisturbed)
+    assert torch.equal(result.theta, plain.theta)
+    for one, other in zip(kept.all("l"), undisturbed.all("l"), strict=True):
+        assert torch.equal(one, other)
+    ours, theirs = ([r["gradients"] for r in of.records[1:]] for of in (result, plain))
+    assert ours == theirs
+
+
+def test_who_diverges_alone_keeps_the_shared_model(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, whole = Kept(), hypers.loop
+
+    def diverged(trainer: Any, down: Any, job: Any, round_: int) -> Any:
+        found = whole(trainer, down, job, round_)
+        if job.client.id == 2:
+            found.up["delta"] += float("inf")
+        return found
+
+    monkeypatch.setattr(hypers, "loop", diverged)
+    given = "strategy=fedavg", "personal.families=[interpolation]", "personal.depth=1"
+    result = run(*GIVEN, *given, "rounds=2", grid=kept)
+    told = result.records[1]["personal"]
+    assert told["moved"] == 5
+    assert "own: delta is not finite (training diverged)" in told["failed"]["2"]
+    assert result.records[2]["clients"]["failed"] == {}
+
+
+def test_training_alone_counts_once(run: Door) -> None:
+    given = *PLAIN, "strategy=fedavg", "personal=hgp", "personal.every=1", "rounds=3"
+    few = "personal.depth=1", "personal.power_steps=0", "local.batch=0"
+    with_it = ("personal.families=[interpolation]", "personal.alone=7")
+    ours, theirs = (run(*given, *few, *of).records[1:] for of in (with_it, ()))
+    more = [a["gradients"] - b["gradients"] for a, b in zip(ours, theirs, strict=True)]
+    assert more == [6 * 7, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("given", "line"),
     [
@@ -545,6 +639,9 @@ def test_gradients_count_what_was_computed(
         ),
         (("personal.families=[classweights]",), "personal.families=.*classweights"),
         (("personal.lr={mixture:1.0}",), "lr: mixture is none of the families"),
+        (("personal.alone=3",), "alone=3 without the family interpolation"),
+        ((THREE, "personal.alone=0"), "personal.alone=0.*greater than or equal to 1"),
+        (("strategy=done", THREE), "optimizer=richardson trains no model alone"),
         (("client_validation=0",), "client_validation=0.2, or personal.outer=train"),
         (("optimizer=sophia",), "optimizer=sophia estimates the curvature"),
         (("privacy=local", "strategy=fedavg"), "privacy=none"),

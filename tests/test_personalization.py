@@ -7,10 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from strategies import topology
+from strategies.algorithm import Client, Vectors
+from strategies.engine import train as trained_by
 from strategies.families import (
     ClassWeights,
     Family,
@@ -22,10 +24,14 @@ from strategies.families import (
     SampleWeights,
     WeightDecay,
 )
+from strategies.fedavg import FedAvg
 from strategies.hypergrad import HGP, hypergradients
 from strategies.hyperproblem import Lambdas
+from strategies.local import Job, Local, Part, Trainer, orders
 from strategies.network import Network
+from strategies.personal_objective import PersonalObjective
 from strategies.personalization import Personal
+from strategies.sgd import SGD
 
 F64 = torch.float64
 FEATURES, CLASSES = 2, 3
@@ -278,6 +284,49 @@ def test_batches_are_rows_of_each_client() -> None:
     settings = HGP(5, 1, 0.5)
     a, b = (hypergradients(p, complete(3), settings).v for p in (whole, drawn))
     torch.testing.assert_close(torch.stack(a), torch.stack(b), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("batch", [0, 4])
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_engines_train_on_what_each_client_has(engine: str, batch: int) -> None:
+    g = torch.Generator().manual_seed(8)
+    families = SampleWeights(), ClassWeights(), Interpolation()
+    linear = nn.Linear(FEATURES, CLASSES, dtype=F64)
+    goal = PersonalObjective([linear], families, CLASSES, CLIENTS[0].x[:1])
+    x, y = (torch.cat([getattr(own, name) for own in CLIENTS]) for name in "xy")
+    order, sizes = torch.randperm(36, generator=g), (13, 7, 10)
+
+    def normal(count: int) -> Tensor:
+        return torch.randn(count, generator=g, dtype=F64)
+
+    owned: list[Vectors] = [
+        {"l": 0.3 * normal(CLASSES + 1 + size), "local": normal(SIZE)} for size in sizes
+    ]
+    parts = [Part(x, y, rows) for rows in torch.split(order[: sum(sizes)], sizes)]
+    jobs = [
+        Job(Client(k, sizes[k], 1.0), parts[k], {}, hyper=owned[k]) for k in range(3)
+    ]
+    local = Local(epochs=2, batch=batch)
+    trainer = Trainer(FedAvg(), SGD(lr=0.5), local, goal, seed=4)
+    start, buffers = goal.initial()
+    down = {"theta": start, "buffers": buffers}
+    found = {
+        client.id: up
+        for chunk in trained_by(trainer, down, jobs, 1, engine)
+        for client, up in zip(chunk.clients, chunk.up["delta"], strict=True)
+    }
+    for k, (part, has) in enumerate(zip(parts, owned, strict=True)):
+        mine = x[part.index], y[part.index]
+        own, theta = Own(*mine, *mine, has["local"]), start
+
+        def cost(
+            theta: Tensor, rows: Tensor, own: Own = own, lam: Tensor = has["l"]
+        ) -> Tensor:
+            return goal.task.inner(theta, lam, own, rows)
+
+        for drawn in orders(local, 4, 1, [k], sizes[k]):
+            theta = theta - 0.5 * torch.func.grad(cost)(theta, drawn[0])
+        torch.testing.assert_close(found[k], theta - start, rtol=0, atol=1e-12)
 
 
 # What does not fit.
