@@ -9,7 +9,15 @@ from app.errors import UserError
 from strategies.algorithm import Individual
 from strategies.faults import CHANGES
 from strategies.gossip import Gossip, solver_of
-from strategies.individual import Costing, Phased, Plural, Practising, Rooted, Surveying
+from strategies.individual import (
+    Costing,
+    Phased,
+    Plural,
+    Practising,
+    Rooted,
+    Surveying,
+    Weighing,
+)
 from strategies.personalize import Personalize
 
 if TYPE_CHECKING:
@@ -61,10 +69,17 @@ def check_personal(config: Config) -> None:
             "client_validation=0.2, or personal.outer=train"
         )
     built = bind("strategy", config.strategy)()
-    if isinstance(solver_of(built), OTHER):
+    for kind, does in ((OTHER, "gives clients models"), (Weighing, "weighs clients")):
+        if isinstance(solver_of(built), kind):
+            raise UserError(
+                f"{what}: strategy={config.strategy.name} {does} in its own way; "
+                "use fedavg, fedprox, scaffold, feddyn or pushsum"
+            )
+    if how.every and config.rounds <= how.every:
         raise UserError(
-            f"{what}: strategy={config.strategy.name} gives clients models in its own way; "
-            "use fedavg, fedprox, scaffold, feddyn or pushsum"
+            f"{what}: with rounds={config.rounds} and personal.every={how.every} no outer step "
+            "is taken, as none follows the last round; take more rounds, or personal.every=0 "
+            "for none"
         )
     if not isinstance(built, Gossip):
         return

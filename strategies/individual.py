@@ -10,6 +10,7 @@ none of them runs as if this file did not exist.
     Phased      a step moves a part of the vector only
     Practising  a client trains from what it receives before it is judged
     Tailored    it has to know the model's layout
+    Weighing    how much each client counts in the mean is learned
 
 `prepared` is the part that comes before the first step; judging a client begins with it too.
 """
@@ -115,6 +116,15 @@ class Tailored(Protocol):
 
     def tailored(self, layout: Layout) -> Self:
         """Return it with what it needs; ValueError if it cannot serve such a model."""
+
+
+@runtime_checkable
+class Weighing(Protocol):
+    """An algorithm that learns its clients' weights: it minimizes no mean known beforehand."""
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The server's vectors by which clients are weighed."""
 
 
 def unfit(trainer: Trainer) -> str:

@@ -67,6 +67,11 @@ class LearnedWeights(FedAvg):
         """The weighted difference, weight and length, first gradient, terms of the derivative."""
         return ("delta", "weight", "gradient", "terms")
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The entries of phi."""
+        return LEARNED
+
     # Client half.
 
     def fresh(self, theta: Tensor) -> Vectors:

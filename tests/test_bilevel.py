@@ -646,6 +646,11 @@ def test_training_alone_counts_once(run: Door) -> None:
         (("optimizer=sophia",), "optimizer=sophia estimates the curvature"),
         (("privacy=local", "strategy=fedavg"), "privacy=none"),
         (("strategy=fedrep",), "strategy=fedrep gives clients models in its own way"),
+        (
+            ("strategy=learned_weights",),
+            "strategy=learned_weights weighs clients in its",
+        ),
+        (("personal.every=2",), "rounds=2 and personal.every=2 no outer step is taken"),
         ((*NETWORK, "faults.crash={1: 2}"), "faults.crash: an estimate needs all"),
         (("model.dropout=0.2",), "model=mlp: .* without dropout"),
     ],
@@ -667,6 +672,7 @@ def test_text_is_refused_in_a_line(run: Door, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data=text: personal=hgp is about inputs of"):
         run(
             "personal=hgp",
+            "personal.every=0",
             "client_validation=0.2",
             *text,
             *model,
