@@ -202,7 +202,7 @@ def test_an_estimate_after_a_step_sees_what_each_client_has(
     given = "strategy=fedavg", "strategy.weighting=uniform", "personal.depth=3", THREE
     short = "rounds=3", "local.batch=0", "personal.alone=3", "personal.power_steps=0"
     own = {"grid": kept, "edit": tasks.append, "callbacks": [watch]}
-    run(*GIVEN, *given, *short, "evaluate_clients=none", **own)
+    records = run(*GIVEN, *given, *short, **own).records
     (task,) = tasks
     goal = task.objective
     assert task.outer
@@ -223,6 +223,14 @@ def test_an_estimate_after_a_step_sees_what_each_client_has(
     assert len({len(lam) for lam in lambdas}) > 1
     assert min(float(lam.abs().max()) for lam in lambdas) > 0.05
     problem = goal.task.problem(owns, seen.models[1], lambdas)
+    # So does the training between the two estimates, a step of all samples, and what they measure.
+    start = seen.models[0].clone().requires_grad_()
+    (slopes,) = torch.autograd.grad(problem.inner(start, lambdas, None).sum(), start)
+    after = seen.models[0][0] - 0.1 * slopes.mean(0)
+    torch.testing.assert_close(seen.models[1][0], after, rtol=0, atol=1e-12)
+    told = records[2]["personal"]
+    cost = float(problem.outer(problem.x, lambdas).mean())
+    assert told["outer_cost_mean"] == pytest.approx(cost, rel=1e-12)
     expected = hypergradients(problem, Network(6, 0, complete(6, 0)), how)
     for a, b in zip(kept.all("v"), expected.v, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
