@@ -152,8 +152,10 @@ def _scores(node: Node, client: Member, order: ConfigRecord) -> dict[str, float]
     predict = functools.partial(goal.predictions, client.theta, has)
     samples = node.samples(client.id)
     row = scored(run, predict, node, client.id)
-    if not len(samples.validation):  # it decides by what it has
-        kept = score(run, predict, samples.train)
-        row |= {f"validation_{n}": kept[n] for n in ("loss", "accuracy")}
+    if len(samples.validation):
+        row |= {f"choosing_{n}": row[f"validation_{n}"] for n in ("loss", "accuracy")}
+    else:  # what it trains on is all that may choose
+        seen = score(run, predict, samples.train)
+        row |= {f"choosing_{n}": seen[n] for n in ("loss", "accuracy")}
     cost = client.task.outer(client.theta, lam, own)
     return row | {"outer_cost": float(cost)}

@@ -22,7 +22,7 @@ from app.exchange import exchange, gather
 from app.personal_check import settings
 from strategies.bilevel import Bilevel
 from strategies.federation import Federation
-from strategies.hyper_wire import Told
+from strategies.hyper_wire import SCORES, Told
 from strategies.relay import Relay
 
 #: The model whose hyper-parameters validation prefers, in the run's directory.
@@ -55,6 +55,8 @@ class Outer:
         Taken so far.
     best : dict
         What the clients told when validation was best, and its ``round`` and ``step``.
+    warnings : list of str
+        What spoke against the settings.
     """
 
     def __init__(
@@ -62,6 +64,9 @@ class Outer:
     ) -> None:
         self.level, self.config, self.say = level, config, say
         self.steps, self.best = 0, dict[str, Any]()
+        self.warnings: list[str] = []
+        # Without validation samples the clients choose by those that they train on.
+        self.chooses = "validation" if config.client_validation else "train"
 
     def after(
         self, grid: Grid, round_: int, record: dict[str, Any], place: Path
@@ -102,7 +107,11 @@ class Outer:
             told = self.level.estimate(round_, better)
             self.steps += 1
         self._lose(told)
-        found = summary(told) | {"step": self.steps, "best": self.best.get("round")}
+        self.warnings += told.warnings
+        found = self._summary(told) | {
+            "step": self.steps,
+            "best": self.best.get("round"),
+        }
         self._enter(record, told, found)
         measured = found.get("accuracy_mean", math.nan)
         self.say(
@@ -148,13 +157,13 @@ class Outer:
         self.level.ask, self.level.again = ask, again
 
     def _is_best(self, told: Told, round_: int, place: Path) -> bool:
-        """Say whether validation has never been better, and keep the model if so."""
-        found = summary(told)
-        if "validation_accuracy_mean" not in found:
+        """Say whether what chooses has never been better, and keep the model if so."""
+        found, by = self._summary(told), self.chooses
+        if f"{by}_accuracy_mean" not in found:
             return False
 
         def rank(found: Mapping[str, Any]) -> tuple[float, float]:
-            return found["validation_accuracy_mean"], -found["validation_loss_mean"]
+            return found[f"{by}_accuracy_mean"], -found[f"{by}_loss_mean"]
 
         if self.best and rank(found) <= rank(self.best):
             return False
@@ -165,6 +174,20 @@ class Outer:
             vectors["models"] = torch.from_numpy(federation.carried["model"].z())
         durable.write(place / BEST, vectors, {"round": round_})
         return True
+
+    def _summary(self, told: Told) -> dict[str, Any]:
+        """Return mean and bottom decile over clients of what they measured."""
+        found: dict[str, Any] = {}
+        for name in SCORES:
+            scores = [row[name] for row in told.scores.values()]
+            values = torch.tensor(scores, dtype=torch.float64)
+            if name == "held_out" or not len(values):
+                continue
+            name = name.replace("choosing", self.chooses)
+            found[f"{name}_mean"] = float(values.mean())
+            if name.endswith("accuracy"):
+                found[f"{name}_decile"] = float(values.quantile(0.1))
+        return found
 
     def _lose(self, told: Told) -> None:
         """Do as ``lost_state`` says with clients that have lost their hyper-parameters."""
@@ -186,6 +209,7 @@ class Outer:
             "moved": len(told.moved),
             "failed": {str(k): why for k, why in sorted(told.failed.items())},
             "largest_eigenvalue": told.largest,
+            "warnings": told.warnings,
             "exchanges": told.exchanges,
             "messages": told.messages,
             "bytes": {side: sum(sent.values()) for side, sent in sides.items()},
@@ -205,28 +229,11 @@ class Outer:
 
     def state(self) -> dict[str, Any]:
         """Return what ``restore`` continues from, as JSON."""
-        return {"steps": self.steps, "best": self.best, **self.level.state()}
+        own = {"steps": self.steps, "best": self.best, "warnings": self.warnings}
+        return own | self.level.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what ``state`` returned."""
         self.steps, self.best = state["steps"], dict(state["best"])
+        self.warnings = list(state.get("warnings", []))
         self.level.restore(state)
-
-
-def summary(told: Told) -> dict[str, Any]:
-    """Return mean and bottom decile over clients of what they measured."""
-    found: dict[str, Any] = {}
-    for name in (
-        "outer_cost",
-        "loss",
-        "accuracy",
-        "validation_loss",
-        "validation_accuracy",
-    ):
-        scores = [row[name] for row in told.scores.values()]
-        values = torch.tensor(scores, dtype=torch.float64)
-        if len(values):
-            found[f"{name}_mean"] = float(values.mean())
-            if name.endswith("accuracy"):
-                found[f"{name}_decile"] = float(values.quantile(0.1))
-    return found

@@ -172,7 +172,8 @@ class Run:
             "seconds": time.perf_counter() - began,
         }
         if self.outer:
-            summary["personal"] = self.outer.best
+            found = {"warnings": self.outer.warnings}
+            summary["personal"] = self.outer.best | found
             self.outer.settle(grid, self.records[-1]["round"])
         self.say(self.directory.finish(summary, self._tensors()))
         if isinstance(self.federation, Relay):

@@ -102,6 +102,9 @@ class Bilevel:
         if how.power_steps and not self.checked:
             self._check(clients)
             self.checked = True
+            # Who missed only the check takes part in what follows as if there had been none.
+            self._told.failed = {k: self._told.failed[k] for k in self._told.lost}
+            clients = [k for k in clients if k not in self._told.failed]
         u, clients = self._exchange("start", 0, clients, None)
         keeps, z = best(self._told), None
         for m in range(1, how.depth + 1):
@@ -166,6 +169,7 @@ class Bilevel:
             q = z / z.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
         self._told.largest = float(found.max())
         if why := doubt(self.how.alpha, found):
+            self._told.warnings.append(f"personal.alpha: {why}")
             log(WARNING, "personal.alpha: %s", why)
 
     def _mean(

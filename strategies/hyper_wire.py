@@ -12,11 +12,12 @@ from torch import Tensor
 from strategies.acceptance import add_bytes
 from strategies.wire import Refused, cause, ids, limit, numbers, reasons, unpack, weigh
 
-#: What clients measure with their own models and hyper-parameters.
+#: What clients measure with their own models and hyper-parameters: the outer cost, then loss and
+#: accuracy on the samples that choose the best step, and on those that are told.
 SCORES = (
     "outer_cost",
-    "validation_loss",
-    "validation_accuracy",
+    "choosing_loss",
+    "choosing_accuracy",
     "held_out",
     "loss",
     "accuracy",
@@ -39,6 +40,8 @@ class Told:
         Those of them whose memory is not there any more.
     largest : float or None
         The largest eigenvalue of the mean Hessian that a client found, if it was looked for.
+    warnings : list of str
+        What speaks against the settings.
     exchanges, messages : int
         How often nodes were asked, and messages to and from them.
     down, up : dict of str to int
@@ -57,6 +60,7 @@ class Told:
     failed: dict[int, str] = field(default_factory=dict)
     lost: list[int] = field(default_factory=list)
     largest: float | None = None
+    warnings: list[str] = field(default_factory=list)
     exchanges: int = 0
     messages: int = 0
     down: dict[str, int] = field(default_factory=dict)

@@ -326,6 +326,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     strategy = (*NETWORK, THREE) if start == "cold" else ("strategy=feddyn",)
     given = [*PLAIN, *strategy, "personal=hgp", "personal.every=2", "rounds=7"]
     given += [f"personal.start={start}", "personal.depth=2", "checkpoint_every=2"]
+    given += ["personal.alpha=1000"]  # of which both tell in the end
     straight = run(*given, "name=full")
 
     def die(record: Any) -> Any:
@@ -343,6 +344,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(
         return [{k: v for k, v in r.items() if k not in free} for r in result.records]
 
     assert told(resumed) == told(straight)
+    assert resumed.summary["personal"] == straight.summary["personal"]
+    assert len(straight.summary["personal"]["warnings"]) == 1
     assert straight.records[-1]["personal"]["step"] == 3
 
     def kept(name: str) -> dict[str, dict[str, Tensor]]:
@@ -389,7 +392,36 @@ def test_an_alpha_that_is_too_large_is_told_and_training_samples_may_serve(
     assert first["largest_eigenvalue"] > 0
     assert last["largest_eigenvalue"] is None  # looked for once
     assert first["moved"] == 6
-    assert first["outer_cost_mean"] == pytest.approx(first["validation_loss_mean"])
+    assert first["outer_cost_mean"] == pytest.approx(first["train_loss_mean"])
+    assert not any("validation" in name for name in first)
+    assert last["best"] == result.summary["personal"]["round"]
+    (warning,) = first["warnings"]
+    assert "alpha=1000 is too large" in warning
+    assert last["warnings"] == []
+    assert result.summary["personal"]["warnings"] == [warning]
+
+
+def test_validation_samples_have_the_outer_cost_and_choose_the_step(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = hyper_node._scores
+
+    def scores(node: Any, client: Member, order: Any) -> dict[str, float]:
+        round_ = order["at"] // client.how.exchanges - 1
+        seen = {"accuracy": (0.1, 0.2, 0.8, 0.9)[round_]}
+        seen |= {"choosing_accuracy": (0.5, 0.7, 0.6, 0.4)[round_]}
+        found = whole(node, client, order)
+        return found and found | seen
+
+    monkeypatch.setattr(hyper_node, "_scores", scores)
+    given = "personal.depth=1", "personal.power_steps=0", "rounds=4"
+    result = run(*GIVEN, "strategy=fedavg", *given)
+    for told in (r["personal"] for r in result.records[1:]):
+        cost = told["outer_cost_mean"]
+        assert cost == pytest.approx(told["validation_loss_mean"], rel=1e-12)
+        assert abs(cost - told["loss_mean"]) > 1e-3  # that of the test samples
+    assert result.summary["personal"]["round"] == 2
+    assert result.summary["personal"]["validation_accuracy_mean"] == pytest.approx(0.7)
 
 
 def test_a_hyper_gradient_that_is_not_finite_leaves_its_client_as_it_was(
@@ -510,6 +542,13 @@ def test_an_exchange_below_the_minimum_is_taken_again_without_a_trace(
     told = run(*given).records[1]["personal"]
     assert told["moved"] == 3
     assert set(told["failed"].values()) == {"no reply before the deadline"}
+    # But not those who only missed the check of alpha.
+    monkeypatch.setattr(outer, "exchange", losing("1.curvature.4"))
+    spared = Kept()
+    told = run(*given, grid=spared).records[1]["personal"]
+    assert (told["moved"], told["failed"]) == (6, {})
+    for ours, theirs in zip(spared.all("l"), undisturbed.all("l"), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_an_exchange_that_nobody_answers_ends_the_run(
