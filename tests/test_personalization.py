@@ -108,14 +108,15 @@ def test_zero_is_the_plain_model_bit_for_bit(families: tuple[Family, ...]) -> No
     own, task, plain = CLIENTS[0], personal(*families), personal()
     theta = torch.randn(SIZE, generator=torch.Generator().manual_seed(1), dtype=F64)
     zero, none = task.zeros(own), torch.zeros(0, dtype=F64)
-    rows = torch.tensor([3, 0, 7])
     assert torch.equal(
         task.predict(theta, zero, own, own.outer_x), net(theta, own.outer_x)
     )
+    for rows in (torch.arange(12), torch.tensor([3, 0, 7])):
+        logits, y = net(theta, own.x[rows]), own.y[rows]
+        cost = F.cross_entropy(logits, y, reduction="none").mean()
+        cost = cost + 0.15 * theta.square().sum()
+        assert torch.equal(task.inner(theta, zero, own, rows), cost)
     assert torch.equal(task.inner(theta, zero, own), plain.inner(theta, none, own))
-    assert torch.equal(
-        task.inner(theta, zero, own, rows), plain.inner(theta, none, own, rows)
-    )
     assert torch.equal(task.outer(theta, zero, own), plain.outer(theta, none, own))
     moved = task.inner(theta, zero + 0.1 * torch.arange(len(zero)) + 0.1, own)
     assert float(moved - plain.inner(theta, none, own)) != 0
@@ -275,15 +276,24 @@ def test_two_opposed_groups_choose_different_learners() -> None:
 
 
 def test_batches_are_rows_of_each_client() -> None:
-    task = personal(SampleWeights())
-    x = torch.zeros(3, SIZE, dtype=F64)
-    lambdas = tuple(task.zeros(own) for own in CLIENTS)
-    everything = [torch.arange(12)] * 3
-    whole = task.problem(CLIENTS, x, lambdas)
-    drawn = task.problem(CLIENTS, x, lambdas, lambda purpose, k: everything)
-    settings = HGP(5, 1, 0.5)
-    a, b = (hypergradients(p, complete(3), settings).v for p in (whole, drawn))
-    torch.testing.assert_close(torch.stack(a), torch.stack(b), rtol=1e-12, atol=1e-15)
+    task = personal(SampleWeights(), LogitWeights())
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(3, SIZE, generator=g, dtype=F64)
+    lambdas = tuple(
+        0.5 * torch.randn(len(task.zeros(own)), generator=g, dtype=F64)
+        for own in CLIENTS
+    )
+    drawn = [torch.tensor(rows) for rows in ([3, 0, 7], [11, 2, 5], [1, 10, 4])]
+    problem = task.problem(CLIENTS, x, lambdas, lambda purpose, k: drawn)
+    assert problem.draw is not None
+    found = problem.inner(x, lambdas, problem.draw("cross", 1))
+    for theta, lam, own, rows, cost in zip(
+        x, lambdas, CLIENTS, drawn, found, strict=True
+    ):
+        logits = net(theta, own.x[rows]) * CLASSES * lam[12:].softmax(0)
+        losses = -logits.log_softmax(1)[range(3), own.y[rows]]
+        expected = ((1 + lam[rows]) * losses).mean() + 0.15 * theta.square().sum()
+        torch.testing.assert_close(cost, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("batch", [0, 4])
