@@ -1,7 +1,7 @@
 """A run that estimates influence: train, predict for each sample, check by retraining, tell.
 
 It is computed in one process (see `app.estimation`, whose directory it shares); what a client would
-keep to itself, its part of ``influence.csv``, lies in the run's directory beside the others'.
+keep to itself, ``influence/client-K.csv``, lies in the run's directory beside the others'.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def estimate(
     labels = given.dataset.train.y.tolist()
     table = influence_report.listed(rows, labels, predicted.numpy(), known)
     _files(directory.path, table, found if how.check else {}, given)
+    _lists(directory.path / "influence", table, given, say)
     summary = {
         "status": "finished",
         "name": directory.path.name,
@@ -186,3 +188,21 @@ def _files(
     data = given.dataset
     if data.train.x.ndim == 4:
         influence_plots.sheet(table, data.train.x, data.labels, place / "samples.png")
+
+
+def _lists(
+    folder: Path, table: influence_report.Rows, given: Setting, say: Say
+) -> None:
+    """Write each client's own list, and of images its own sheet for the first so many."""
+    folder.mkdir(exist_ok=True)
+    data, most = given.dataset, influence_plots.SHEETS
+    pictured = data.train.x.ndim == 4
+    clients = groupby(table, key=lambda row: int(row["client"]))
+    for place, (k, rows) in enumerate(clients):
+        mine, file = list(rows), folder / f"client-{k}.csv"
+        write_atomic(file, influence_report.as_csv(mine))
+        if pictured and place < most:
+            picture = file.with_suffix(".png")
+            influence_plots.sheet(mine, data.train.x, data.labels, picture)
+    if pictured and given.config.clients > most:
+        say(f"pictures of the first {most} clients; the lists are of all")

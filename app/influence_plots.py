@@ -11,8 +11,8 @@ from torch import Tensor
 from app import canvas
 from app.influence_report import Agreement, Rows
 
-#: Clients in the sheet, and samples of each at either end.
-CLIENTS, ENDS = 8, 6
+#: Clients in the sheet, samples of each at either end, and clients with a sheet of their own.
+CLIENTS, ENDS, SHEETS = 8, 6, 24
 
 
 def scatter(table: Rows, found: Agreement, path: Path) -> None:

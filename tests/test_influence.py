@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.metrics import r2_score
 from torch import Tensor
 
+from app import influence_plots
 from app.errors import UserError
 from app.experiment import run_local
 from app.influence_report import (
@@ -248,8 +249,8 @@ IMAGES = (
 CG = "estimate.method=conjugate_gradients"
 
 
-def table(path: Path) -> list[dict[str, str]]:
-    with open(path / "influence.csv", newline="") as file:
+def table(path: Path, name: str = "influence.csv") -> list[dict[str, str]]:
+    with open(path / name, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -270,6 +271,9 @@ def test_a_run_lists_every_sample_of_every_client(run: Callable[..., Result]) ->
     for k in range(3):
         mine = [float(r["predicted"]) for r in rows if r["client"] == str(k)]
         assert mine == sorted(mine) and mine[0] < 0 < mine[-1]
+        own = table(found.path, f"influence/client-{k}.csv")
+        assert own == [r for r in rows if r["client"] == str(k)]
+    assert len(list((found.path / "influence").iterdir())) == 3
     known = [r for r in rows if r["actual"]]
     largest = sorted(rows, key=lambda r: -abs(float(r["predicted"])))[:8]
     assert {r["sample"] for r in known} == {r["sample"] for r in largest}
@@ -301,8 +305,16 @@ def test_the_minimizer_and_the_server_in_a_run(run: Callable[..., Result]) -> No
     assert [r["predicted"] for r in table(other.path)] == predicted
 
 
-def test_images_come_as_a_contact_sheet(run: Callable[..., Result]) -> None:
+def test_images_come_as_a_contact_sheet(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(influence_plots, "SHEETS", 2)
     found = run(quick=IMAGES)
+    own = sorted(file.name for file in (found.path / "influence").glob("*.png"))
+    assert own == ["client-0.png", "client-1.png"]
+    assert "pictures of the first 2 clients; the lists are of all" in found.lines
+    with Image.open(found.path / "influence" / own[1]) as sheet:
+        assert sheet.size[0] > 1000 and sheet.size[1] > 200
     with Image.open(found.path / "samples.png") as sheet:
         assert sheet.size[0] > 1000 and sheet.size[1] > 400
         assert len(sheet.convert("RGB").getcolors(2**20) or ()) > 50
