@@ -89,6 +89,13 @@ class Family(ABC):
         """Return what it adds to the training cost, None for nothing."""
         return None
 
+    def admitted(self, own: Tensor, decay: float) -> Tensor:
+        """Return the nearest l with which there is something to train for.
+
+        ``decay`` is everybody's weight decay. l = 0 is always admitted.
+        """
+        return own
+
 
 @dataclass(frozen=True)
 class ClassWeights(Family):
@@ -186,6 +193,10 @@ class WeightDecay(Family):
     def penalty(self, theta: Tensor, own: Tensor) -> Tensor:
         """Return l/2 |x|^2."""
         return own[0] / 2 * theta.square().sum()
+
+    def admitted(self, own: Tensor, decay: float) -> Tensor:
+        """Return l from -decay up: below, the training cost falls without end far from zero."""
+        return own.clamp(min=-decay)
 
 
 @dataclass(frozen=True)

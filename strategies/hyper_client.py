@@ -75,12 +75,16 @@ class Member:
         }
 
     def last(self, z: Tensor, m: int) -> Vectors:
-        """Return the memory after the m-th step, which is the last, and Adam's."""
+        """Return the memory after the m-th step, which is the last, and Adam's.
+
+        l stays where its families admit it.
+        """
         (cross,) = self._work(self._draw()).cross(z[None], "cross", m)
         scale = self.how.alpha * self.share
         after = self.memory | {"v": self.memory["v"] - scale * cross}
         rates = self.how.rates(self.task, after["l"], self.own)
-        return self.how.step(after, rates)
+        after = self.how.step(after, rates)
+        return after | {"l": self.task.admitted(after["l"], self.own)}
 
     def curvature(self, q: Tensor, k: int) -> Tensor:
         """Return the product of its Hessian, in its weight, with a vector."""

@@ -97,6 +97,11 @@ class Personal:
         parts = [lam[a:b] for a, b in pairwise(ends)]
         return list(zip(self.families, parts, strict=True))
 
+    def admitted(self, lam: Tensor, own: Own) -> Tensor:
+        """Return the nearest l that all families admit."""
+        parts = self.split(lam, own)
+        return torch.cat([f.admitted(part, self.decay) for f, part in parts])
+
     def predict(self, theta: Tensor, lam: Tensor, own: Own, x: Tensor) -> Tensor:
         """Return a client's logits (B, C); of a mixture, log-probabilities.
 

@@ -183,10 +183,10 @@ def test_messages_give_the_estimate_of_one_process(
         assert told["link_messages"] == expected.messages
         assert told["link_bytes"] == expected.bytes
         assert (expected.messages == 0) == ("topology=self_loop" in given)
-    # Adam's first step goes by its whole rate against the sign.
-    for lam, v in zip(kept.all("l"), found, strict=True):
-        large = v.abs() > 1e-5
-        assert torch.allclose(lam[large], -0.1 * v[large].sign(), rtol=1e-2)
+    # Adam's first step goes by its whole rate against the sign, but for what is not admitted.
+    for lam, v, own in zip(kept.all("l"), found, owns, strict=True):
+        large, there = v.abs() > 1e-5, whole.admitted(-0.1 * v.sign(), own)
+        assert torch.allclose(lam[large], there[large], rtol=1e-2)
 
 
 def test_an_estimate_after_a_step_sees_what_each_client_has(
@@ -458,6 +458,18 @@ def test_a_score_that_is_not_finite_costs_its_client_the_step_and_nobody_else(
     told = run(*GIVEN, *given).records[1]["personal"]
     assert told["moved"] == 5
     assert told["failed"] == {"2": "ArithmeticError: a score is not finite"}
+
+
+def test_a_clients_decay_stays_where_its_training_has_an_end(run: Door) -> None:
+    kept = Kept()
+    given = [*GIVEN, "strategy=fedavg", "personal.families=[weight_decay]"]
+    given += ["optimizer.weight_decay=0.01", "personal.depth=1", "rounds=3"]
+    # A model that knows which class is right wants to grow.
+    given += ["partition.alpha=100", "local.batch=10", "personal.outer=train"]
+    given += ["local.epochs=3", "optimizer.lr=0.3"]
+    run(*given, "personal.power_steps=0", "evaluate_clients=none", grid=kept)
+    found = torch.cat(kept.all("l"))
+    assert float(found.min()) == -0.01
 
 
 def test_stopped_after_its_best_step_it_returns_to_what_validation_saw(

@@ -188,6 +188,16 @@ def test_what_each_family_does() -> None:
         )
 
 
+def test_what_is_admitted_leaves_zero_as_it_is() -> None:
+    own, task = CLIENTS[0], personal(ClassWeights(), WeightDecay(), FeatureScales())
+    far = task.zeros(own) - 2
+    found = task.admitted(far, own)  # everybody's decay is 0.3
+    assert torch.equal(found, torch.where(torch.arange(len(far)) == 3, -0.3, far))
+    assert torch.equal(task.admitted(task.zeros(own), own), task.zeros(own))
+    bare = replace(task, decay=0.0)
+    assert torch.equal(bare.admitted(task.zeros(own), own), task.zeros(own))
+
+
 # One algorithm for any combination.
 
 
