@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from app.hypers import alone, beside, own_of
-from app.judging import brief, score, scored
+from app.judging import WORST, brief, score, scored, worst
 from app.node import Node
 from app.personal_check import settings
 from app.store import Lost, recall, remember
@@ -47,6 +47,7 @@ def work(message: Message, context: Context) -> Message:
     shares = cast(list[float], order["shares"])
     version, keep = cast(int, order["version"]), cast(int, order["keep"])
     done, lost, faults = list[int](), list[int](), dict[str, Any]()
+    measured = list[int]()
     rows, up = list[list[float]](), list[Tensor]()
     first, took = goal.initial()[0], list[int]()
     for i, k in enumerate(clients):
@@ -70,12 +71,12 @@ def work(message: Message, context: Context) -> Message:
                 seed=node.config.seed,
                 at=cast(int, order["at"]),
             )
+            if scores := _scores(node, client, order):
+                measured.append(k)
+                rows.append([scores[name] for name in SCORES])
             u, after = _answer(client, order, mine)
-            scores = _scores(node, client, order)
             if u is not None and not bool(torch.isfinite(u).all()):
                 raise ArithmeticError("the hyper-gradient is not finite")
-            if not all(map(math.isfinite, scores.values())):
-                raise ArithmeticError("a score is not finite")
             if after:
                 remember(store, k, version, named[i], keep, after)
         except Exception as error:
@@ -84,13 +85,12 @@ def work(message: Message, context: Context) -> Message:
             faults[str(k)] = brief(error)
             continue
         done.append(k)
-        rows.append([scores.get(name, 0.0) for name in SCORES])
         # Told where the training is paid for: in the client's first estimate.
         took.append(0 if named[i] else gradients)
         if u is not None:
             up.append(u)
     columns = list(zip(*rows, strict=True)) or [()] * len(SCORES)
-    report: dict[str, Any] = {"clients": done, "lost": lost}
+    report: dict[str, Any] = {"clients": done, "lost": lost, "scored": measured}
     report |= {n: list(c) for n, c in zip(SCORES, columns, strict=True)}
     if how.interpolates and what == "start":
         report["alone"] = took
@@ -143,7 +143,10 @@ def _answer(
 
 
 def _scores(node: Node, client: Member, order: ConfigRecord) -> dict[str, float]:
-    """Return what a client measures with its own model and l, if it is asked to."""
+    """Return what a client measures with its own model and l, if it is asked to.
+
+    Who has diverged is among the others with the worst.
+    """
     if order["what"] not in ("look", "start"):
         return {}
     run, lam, own = node.trainer(), client.memory["l"], client.own
@@ -152,10 +155,10 @@ def _scores(node: Node, client: Member, order: ConfigRecord) -> dict[str, float]
     predict = functools.partial(goal.predictions, client.theta, has)
     samples = node.samples(client.id)
     row = scored(run, predict, node, client.id)
-    if len(samples.validation):
-        row |= {f"choosing_{n}": row[f"validation_{n}"] for n in ("loss", "accuracy")}
-    else:  # what it trains on is all that may choose
-        seen = score(run, predict, samples.train)
-        row |= {f"choosing_{n}": seen[n] for n in ("loss", "accuracy")}
-    cost = client.task.outer(client.theta, lam, own)
-    return row | {"outer_cost": float(cost)}
+    row = worst(row)
+    chooses = {n: row.get(f"validation_{n}") for n in ("loss", "accuracy")}
+    if not len(samples.validation):  # what it trains on is all that may choose
+        chooses = worst(score(run, predict, samples.train))
+    row |= {f"choosing_{n}": chooses[n] for n in ("loss", "accuracy")}
+    cost = float(client.task.outer(client.theta, lam, own))
+    return row | {"outer_cost": cost if math.isfinite(cost) else WORST}

@@ -45,13 +45,7 @@ def evaluate(run: Trainer, scores: Callable[[], Scores]) -> dict[str, Any]:
     except Exception as error:  # an evaluation that fails must not cost the training
         log(WARNING, "evaluation failed: %s", brief(error))
         rows = {}
-    for row in rows.values():
-        for kind in (
-            "",
-            "validation_",
-        ):  # who diverged must not leave the means and the decile
-            if not math.isfinite(row.get(f"{kind}loss", 0.0)):
-                row |= {f"{kind}loss": WORST, f"{kind}accuracy": 0.0}
+    rows = {k: worst(row) for k, row in rows.items()}
     columns = ["samples", "held_out", "loss"]
     if run.objective.classification:
         columns.append("accuracy")
@@ -61,6 +55,18 @@ def evaluate(run: Trainer, scores: Callable[[], Scores]) -> dict[str, Any]:
         f"eval_{n}": [r[n] for r in rows.values()] for n in columns
     }
     return {"evaluated": list(rows), **report}
+
+
+def worst(row: Row) -> Row:
+    """Return a row with the worst of all in place of a loss that is not finite.
+
+    Who diverged must not leave the means and the decile.
+    """
+    found = dict(row)
+    for kind in ("", "validation_"):
+        if not math.isfinite(row.get(f"{kind}loss", 0.0)):
+            found |= {f"{kind}loss": WORST, f"{kind}accuracy": 0.0}
+    return found
 
 
 def received(

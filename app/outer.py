@@ -7,7 +7,9 @@ and hyper-parameters, what became of it, and what it cost.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ from strategies.federation import Federation
 from strategies.hyper_wire import SCORES, Told
 from strategies.relay import Relay
 
-#: The model whose hyper-parameters validation prefers, in the run's directory.
-BEST = "best.safetensors"
+#: The model whose hyper-parameters validation prefers, in the run's directory, and the one that it
+#: preferred before the last round.
+BEST, FORMER = "best.safetensors", "checkpoints/best"
 
 
 def outer(
@@ -57,6 +60,8 @@ class Outer:
         What the clients told when validation was best, and its ``round`` and ``step``.
     warnings : list of str
         What spoke against the settings.
+    before : dict or None
+        What was the best before the last round, once the clients have measured in it.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Outer:
     ) -> None:
         self.level, self.config, self.say = level, config, say
         self.steps, self.best = 0, dict[str, Any]()
+        self.before: dict[str, Any] | None = None
         self.warnings: list[str] = []
         # Without validation samples the clients choose by those that they train on.
         self.chooses = "validation" if config.client_validation else "train"
@@ -91,8 +97,7 @@ class Outer:
         UserError
             If a client has lost what it remembers and ``lost_state=fail``, or too few answer.
         """
-        how, last = self.level.how, round_ == self.config.rounds
-        due = bool(how.every) and round_ % how.every == 0
+        last, due = round_ == self.config.rounds, self._due(round_)
         if not (due or last):
             return
 
@@ -101,7 +106,7 @@ class Outer:
 
         self._reach(grid, round_)
         if last:
-            told = self.level.look(round_)
+            told, self.before = self.level.look(round_), self.best
             better(told)
         else:
             told = self.level.estimate(round_, better)
@@ -113,23 +118,67 @@ class Outer:
             "best": self.best.get("round"),
         }
         self._enter(record, told, found)
-        measured = found.get("accuracy_mean", math.nan)
-        self.say(
-            f"round {round_}: own models {measured:.4f}, best after round "
-            f"{found['best']}; {len(told.moved)} clients took step {self.steps}"
-            if not last
-            else f"round {round_}: own models {measured:.4f}, best after round {found['best']}"
-        )
-        if due and not last and how.start == "cold":
-            self.level.federation.restart()
+        measured, best = found.get("accuracy_mean", math.nan), found["best"]
+        parts = [f"round {round_}: own models {measured:.4f}"]
+        parts.append(f"best after round {best}" if best else "no round is the best yet")
+        if not last:
+            parts.append(f"{len(told.moved)} clients took step {self.steps}")
+        self.say(", ".join(parts))
+        if due and not last and self.level.how.start == "cold":
+            self.level.federation.restart(round_)
 
-    def settle(self, grid: Grid, round_: int) -> None:
-        """Let the clients return to what validation preferred, once the run has ended."""
-        if self.steps:
-            self._reach(grid, round_)
-            # Clients keep the best when they take a step; after the last round they take none.
-            last = round_ == self.config.rounds
-            self.level.settle(round_, last and self.best.get("round") == round_)
+    def catch_up(self, grid: Grid, record: dict[str, Any], place: Path) -> bool:
+        """Take the step that a shorter run left out after its last round, now that it goes on.
+
+        Returns
+        -------
+        bool
+            Whether the record of that round has become another.
+        """
+        round_, how = record["round"], self.level.how
+        if round_ >= self.config.rounds or not self._due(round_):
+            return False
+        if self.steps == round_ // how.every:
+            return False
+        # Entered before, by a run that went on and died before its next checkpoint.
+        entered = record["personal"]["step"] > self.steps
+        self.after(grid, round_, deepcopy(record) if entered else record, place)
+        return not entered
+
+    def settle(self, grid: Grid, summary: dict[str, Any]) -> None:
+        """Let the clients return to what validation preferred, once the run has ended.
+
+        Parameters
+        ----------
+        grid : Grid
+            Where the nodes are.
+        summary : dict
+            The run's, to which ``personal`` is added, and the bytes of this.
+
+        Raises
+        ------
+        UserError
+            As after a round.
+        """
+        summary["personal"] = found = {**self.best, "warnings": self.warnings}
+        if not self.best or self.best["step"] == self.steps:
+            return  # no step has been taken since
+        self._reach(grid, summary["rounds"])
+        told = self.level.settle(summary["rounds"])
+        self._lose(told)
+        for k, why in sorted(told.failed.items()):
+            self.say(f"client {k} did not return to round {self.best['round']}: {why}")
+        sides = {"down": told.down, "up": told.up}
+        sent = {side: sum(kinds.values()) for side, kinds in sides.items()}
+        failed = {str(k): why for k, why in sorted(told.failed.items())}
+        found["settled"] = {"failed": failed, "messages": told.messages, "bytes": sent}
+        for side, count in sent.items():
+            summary[f"bytes_{side}"] += count
+
+    def _due(self, round_: int) -> bool:
+        """Return whether a step follows a round, unless it is the last."""
+        every = self.level.how.every
+        return bool(every) and round_ % every == 0
 
     def _reach(self, grid: Grid, round_: int) -> None:
         """See who is there, and tell the level how to ask them, and to ask again."""
@@ -157,10 +206,13 @@ class Outer:
         self.level.ask, self.level.again = ask, again
 
     def _is_best(self, told: Told, round_: int, place: Path) -> bool:
-        """Say whether what chooses has never been better, and keep the model if so."""
-        found, by = self._summary(told), self.chooses
-        if f"{by}_accuracy_mean" not in found:
+        """Say whether what chooses has never been better, and keep the model if so.
+
+        Means over other clients say nothing: a round counts if all have told.
+        """
+        if len(told.scores) < self.level.federation.roster.clients:
             return False
+        found, by = self._summary(told), self.chooses
 
         def rank(found: Mapping[str, Any]) -> tuple[float, float]:
             return found[f"{by}_accuracy_mean"], -found[f"{by}_loss_mean"]
@@ -172,6 +224,13 @@ class Outer:
         vectors = {"theta": federation.server["theta"]}
         if isinstance(federation, Relay):
             vectors["models"] = torch.from_numpy(federation.carried["model"].z())
+        former = place / FORMER
+        if (
+            self.before is not None
+            and (place / BEST).exists()
+            and former.parent.exists()
+        ):
+            os.replace(place / BEST, former)  # a longer run does not measure here
         durable.write(place / BEST, vectors, {"round": round_})
         return True
 
@@ -229,11 +288,25 @@ class Outer:
 
     def state(self) -> dict[str, Any]:
         """Return what ``restore`` continues from, as JSON."""
-        own = {"steps": self.steps, "best": self.best, "warnings": self.warnings}
-        return own | self.level.state()
+        mine = {"steps": self.steps, "best": self.best, "before": self.before}
+        return mine | {"warnings": self.warnings} | self.level.state()
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what ``state`` returned."""
-        self.steps, self.best = state["steps"], dict(state["best"])
+    def restore(self, state: Mapping[str, Any], round_: int, place: Path) -> None:
+        """Continue from what ``state`` returned after a round.
+
+        If that was the last and is not any more, what was measured in it is forgotten: the longer
+        run, had it been asked for at once, would have measured elsewhere.
+        """
+        self.steps, self.before = state["steps"], state.get("before")
+        self.best = dict(state["best"])
         self.warnings = list(state.get("warnings", []))
+        if round_ < self.config.rounds and self.before is not None:
+            self.best, self.before = self.before, None
         self.level.restore(state)
+        file, former = place / BEST, place / FORMER
+        if not self.best:
+            file.unlink(missing_ok=True)
+        elif former.exists() and durable.read(former)[1] == {
+            "round": self.best["round"]
+        }:
+            os.replace(former, file)

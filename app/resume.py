@@ -134,6 +134,6 @@ def stand(
     empty = torch.zeros(0, dtype=config.torch_dtype)
     federation.restore({"buffers": empty, **vectors}, rest)
     if outer:
-        outer.restore(rest["outer"])
+        outer.restore(rest["outer"], round_, path)
     federation.keep = checkpoint.oldest(path / "checkpoints")
     return round_

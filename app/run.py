@@ -151,6 +151,10 @@ class Run:
         stopped = ""
         if self.first == 1:
             self._write({"round": 0, **self._evaluate()})
+        elif self.outer and self.outer.catch_up(
+            grid, self.records[-1], self.directory.path
+        ):
+            self.directory.replace(self.records[-1])
         for round_ in range(self.first, config.rounds + 1):
             try:
                 record, rows = self._round(grid, round_)
@@ -172,9 +176,7 @@ class Run:
             "seconds": time.perf_counter() - began,
         }
         if self.outer:
-            found = {"warnings": self.outer.warnings}
-            summary["personal"] = self.outer.best | found
-            self.outer.settle(grid, self.records[-1]["round"])
+            self.outer.settle(grid, summary)
         self.say(self.directory.finish(summary, self._tensors()))
         if isinstance(self.federation, Relay):
             place = self.directory.path

@@ -186,6 +186,13 @@ class RunDir:
             if tag != "round":
                 self._writer.add_scalar(tag, value, clean["round"])
 
+    def replace(self, record: Mapping[str, Any]) -> None:
+        """Put another record in the place of the last one in ``metrics.jsonl``."""
+        kept = read_rounds(self.path)[:-1]
+        clean = plain(record, finite=True)
+        text = "".join(_line(r) for r in [*kept, clean])
+        write_atomic(self.path / ROUNDS, text)
+
     def clients(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append one line for each row to ``clients.csv``; missing values stay empty.
 

@@ -116,11 +116,11 @@ class Bilevel:
         self._told.moved = clients
         return self._closed()
 
-    def settle(self, round_: int, best: bool) -> Told:
-        """Let the clients keep what they have now as the best, or return to the best they had."""
+    def settle(self, round_: int) -> Told:
+        """Let the clients return to what they had when it was best."""
         self._open(round_)
         # After the last step of an estimate, whose version may have been of this round.
-        self._exchange("settle", self.how.depth + 1, self._clients(), None, best)
+        self._exchange("settle", self.how.depth + 1, self._clients(), None)
         return self._closed()
 
     # How.

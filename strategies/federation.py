@@ -299,11 +299,11 @@ class Federation(Strategy):
         self.roster.mean_samples = rest["mean_samples"]
         self.key, self.since = rest["run"], rest["since"]
 
-    def restart(self) -> None:
-        """Begin inner training anew: from the first model, with clients that remember nothing."""
+    def restart(self, round_: int) -> None:
+        """Begin inner training anew after a round: the first model, clients without memory."""
         theta, self.buffers = self._initial
         self.server = self.algorithm.start(theta)
-        self.since, self.probes = self.round.number, {}
+        self.since, self.probes = round_, {}
 
 
 def probe_direction(seed: int, size: int) -> Tensor:

@@ -31,7 +31,7 @@ class Told:
     Attributes
     ----------
     scores : dict of int to dict
-        What each client measured before the step.
+        What each client measured before the step, whether or not it took it.
     moved : list of int
         Whose hyper-parameters took a step.
     failed : dict of int to str
@@ -112,12 +112,13 @@ class Told:
         if report is None:
             raise Refused("no report")
         faults = reasons(content.config_records.get("faults", ConfigRecord()))
-        told, lost = ids(report, "clients"), ids(report, "lost")
-        if sorted([*told, *faults]) != mine or not faults.keys() >= set(lost):
+        told, lost, scored = (ids(report, n) for n in ("clients", "lost", "scored"))
+        whole = faults.keys() >= set(lost) and set(mine) >= set(scored)
+        if sorted([*told, *faults]) != mine or not whole:
             raise Refused(f"answers for clients {sorted([*told, *faults])}"[:300])
         rows: Iterator[tuple[float, ...]] = iter(())
         if what in ("look", "start"):
-            columns = [numbers(report, n, len(told)) for n in SCORES]
+            columns = [numbers(report, n, len(scored)) for n in SCORES]
             rows = zip(*columns, strict=True)
         alone = numbers(report, "alone", len(told)) if "alone" in report else []
         if not all(0 <= n < 2**40 for n in alone):
@@ -132,7 +133,7 @@ class Told:
         self.gradients += int(sum(alone))
         self.failed |= faults
         self.lost += lost
-        for k, row in zip(told, rows, strict=False):
+        for k, row in zip(scored, rows, strict=False):
             self.scores[k] = dict(zip(SCORES, row, strict=True))
         add_bytes(self.up, weigh(content))
         return told, up

@@ -236,10 +236,10 @@ class Relay(Strategy):
         ledger.smallest(self.carried["model"].w, present, self.algorithm.min_weight)
         self.watch.see(self.links, server_round - 1)
 
-    def restart(self) -> None:
-        """Begin inner training anew: from the first model, with clients that remember nothing."""
+    def restart(self, round_: int) -> None:
+        """Begin inner training anew after a round: the first model, clients without memory."""
         self.server, self.buffers = self._initial
-        self.since = self.round.number
+        self.since = round_
         self._begin()
 
     # What is told.

@@ -19,6 +19,7 @@ from app.errors import UserError
 from app.exchange import exchange
 from app.host import Samples
 from app.hypers import own_of
+from app.judging import WORST
 from app.local_grid import LocalGrid
 from app.run import Run
 from strategies import bilevel
@@ -148,7 +149,7 @@ def test_messages_give_the_estimate_of_one_process(
     assert level
     # Of a client's own only what it measures is told, and how many gradients its own model took.
     alone = {"alone"} if ALL in given else set()
-    assert crossed == {"theta", "z", "u", "clients", "lost", *SCORES, *alone}
+    assert crossed == {"theta", "z", "u", "clients", "lost", "scored", *SCORES, *alone}
     assert isinstance(goal, PersonalObjective)
     how = level.level.how
     models = [kept.memory(k, "alone")["theta"] if alone else None for k in range(n)]
@@ -348,16 +349,95 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     assert len(straight.summary["personal"]["warnings"]) == 1
     assert straight.records[-1]["personal"]["step"] == 3
 
-    def kept(name: str) -> dict[str, dict[str, Tensor]]:
-        files = (tmp_path / "runs" / name / "clients" / "hyper").rglob("*.safetensors")
-        newest = {f.parent.name: f for f in sorted(files)}
-        return {k: durable.read(f)[0] for k, f in newest.items()}
-
-    ours, theirs = kept("half"), kept("full")
+    ours, theirs = held(resumed.path), held(straight.path)
     assert ours.keys() == theirs.keys() == set("012345")
     for k, memory in ours.items():
         for what, vector in memory.items():
             assert torch.equal(vector, theirs[k][what])
+
+
+def judged(
+    monkeypatch: pytest.MonkeyPatch, accuracy: dict[int, float], depth: int = 1
+) -> None:
+    """Let all clients have these validation accuracies after rounds."""
+    whole = hyper_node._scores
+
+    def scores(node: Any, client: Member, order: Any) -> dict[str, float]:
+        found = whole(node, client, order)
+        if found:
+            found["validation_accuracy"] = accuracy[order["at"] // (depth + 2)]
+        return found
+
+    monkeypatch.setattr(hyper_node, "_scores", scores)
+
+
+def held(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Return the newest version of what each client of a run keeps."""
+    files = (path / "clients" / "hyper").rglob("*.safetensors")
+    newest = {f.parent.name: f for f in sorted(files)}
+    return {k: durable.read(f)[0] for k, f in newest.items()}
+
+
+@pytest.mark.parametrize(
+    ("short", "best", "start", "saved"),
+    [(4, 4, "warm", 2), (4, 2, "cold", 2), (3, 2, "warm", 1), (3, 2, "warm", 2)],
+)
+def test_a_run_that_goes_on_after_its_end_equals_the_longer_run(
+    run: Door,
+    monkeypatch: pytest.MonkeyPatch,
+    short: int,
+    best: int,
+    start: str,
+    saved: int,
+) -> None:
+    # The last round of the short run is its best, but for the second.
+    judged(monkeypatch, {2: 0.3, 3: 0.9, 4: 0.5 if best == 4 else 0.1, 5: 0.2})
+    given = [*PLAIN, "strategy=feddyn", "personal=hgp", "personal.every=2"]
+    given += ["personal.depth=1", "personal.power_steps=0", f"personal.start={start}"]
+    given += [f"checkpoint_every={saved}", "evaluate_clients=none", "nodes=1"]
+    straight = run(*given, "rounds=5", "name=full")
+    first = run(*given, f"rounds={short}", "name=half")
+    told, there = first.summary["personal"], held(first.path)
+    assert told["round"] == (best if short == 4 else 3)
+    assert durable.read(first.path / outer.BEST)[1] == {"round": told["round"]}
+    longer = run(*given, "rounds=5", f"resume={first.path}")
+    assert torch.equal(longer.theta, straight.theta)
+    assert unpersonalized(longer) == unpersonalized(straight)
+    for ours, theirs in zip(longer.records, straight.records, strict=True):
+        if ours["round"] == short == 3:
+            continue  # has still what was measured there, where the longer run measures nothing
+        for what in ("personal", "bytes", "gradients"):
+            assert ours.get(what) == theirs.get(what), (ours["round"], what)
+    assert longer.summary["personal"] == straight.summary["personal"]
+    assert straight.summary["personal"]["round"] == best
+    files = [durable.read(r.path / outer.BEST) for r in (longer, straight)]
+    assert files[0][1] == files[1][1] == {"round": best}
+    assert torch.equal(files[0][0]["theta"], files[1][0]["theta"])
+    ours, theirs = held(longer.path), held(straight.path)
+    for k, memory in ours.items():
+        for what, vector in memory.items():
+            assert torch.equal(vector, theirs[k][what])
+        if short == best:  # what the short run ended with
+            assert torch.equal(memory["l"], there[k]["l"])
+            assert float(memory["l"].abs().max()) > 0.09
+
+
+def test_a_step_that_was_left_out_is_entered_once(run: Door) -> None:
+    given = [*PLAIN, "strategy=fedavg", "personal=hgp", "personal.every=1", "nodes=1"]
+    given += ["personal.depth=1", "personal.power_steps=0", "checkpoint_every=1"]
+    first = run(*given, "rounds=1")
+
+    def die(record: Any) -> Any:
+        if record["round"] == 2:
+            raise RuntimeError("killed")
+        return False, {}
+
+    again = [*given, "rounds=3", f"resume={first.path}"]
+    with pytest.raises(RuntimeError, match="killed"):
+        run(*again, callbacks=[die])
+    records = run(*again).records
+    assert [r["personal"]["step"] for r in records[1:]] == [1, 2, 2]
+    assert records[1]["gradients"] == records[2]["gradients"]
 
 
 def test_inner_training_that_begins_anew_repeats_itself(run: Door) -> None:
@@ -444,20 +524,75 @@ def test_a_hyper_gradient_that_is_not_finite_leaves_its_client_as_it_was(
     assert result.records[2]["clients"]["failed"] == {}
 
 
-def test_a_score_that_is_not_finite_costs_its_client_the_step_and_nobody_else(
+def test_who_diverges_stays_in_the_means_as_the_worst(
     run: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = hyper_node._scores
+    whole, start = hyper_node.scored, Member.start
 
-    def scores(node: Any, client: Member, order: Any) -> dict[str, float]:
-        found = whole(node, client, order)
-        return {n: float("inf") for n in found} if client.id == 2 else found
+    def scored(trainer: Any, predict: Any, node: Any, k: int) -> dict[str, Any]:
+        found = whole(trainer, predict, node, k)
+        bad = {n: float("nan") for n in found if n not in ("samples", "held_out")}
+        return found | bad if k == 2 else found
 
-    monkeypatch.setattr(hyper_node, "_scores", scores)
+    def started(member: Member) -> Any:
+        u, memory = start(member)
+        return (u * float("nan"), memory) if member.id == 2 else (u, memory)
+
+    monkeypatch.setattr(hyper_node, "scored", scored)
+    monkeypatch.setattr(Member, "start", started)
     given = ("strategy=fedavg", "min_replies=5", "personal.depth=1", "rounds=2")
-    told = run(*GIVEN, *given).records[1]["personal"]
-    assert told["moved"] == 5
-    assert told["failed"] == {"2": "ArithmeticError: a score is not finite"}
+    first, last = (r["personal"] for r in run(*GIVEN, *given).records[1:])
+    assert first["moved"] == 5
+    assert "not finite" in first["failed"]["2"]
+    assert last["failed"] == {}
+    for told in (first, last):
+        assert told["loss_mean"] == pytest.approx(WORST / 6)
+        assert told["accuracy_mean"] < 5 / 6
+        assert told["best"] is not None
+
+
+def test_a_round_in_which_some_do_not_tell_is_not_the_best(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, {1: 0.1, 2: 0.5, 3: 0.9})
+    monkeypatch.setattr(outer, "exchange", losing("1.start.0", "3.look.0"))
+    given = (*GIVEN, "strategy=fedavg", "personal.depth=1", "personal.power_steps=0")
+    result = run(*given, "rounds=3", "evaluate_clients=none")
+    assert [r["personal"]["best"] for r in result.records[1:]] == [None, 2, 2]
+    assert any("no round is the best yet" in line for line in result.lines)
+
+
+def test_how_clients_return_to_the_best_is_told(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, {1: 0.9, 2: 0.1})
+    kept, at = Kept(), outer.exchange
+    given = (*GIVEN, "strategy=fedavg", "personal.depth=1", "personal.power_steps=0")
+    given = (*given, "rounds=2", "evaluate_clients=none")
+    monkeypatch.setattr(outer, "exchange", losing("2.settle.2"))
+    result = run(*given, grid=kept)
+    told = result.summary["personal"]
+    assert told["round"] == 1
+    settled = told["settled"]
+    why = "no reply before the deadline"
+    assert settled["failed"] == dict.fromkeys("135", why)
+    assert f"client 3 did not return to round 1: {why}" in result.lines
+    assert settled["messages"] == 3  # two nodes, one answer
+    for side in ("down", "up"):
+        sent = [sum(r["bytes"][side].values()) for r in result.records[1:]]
+        assert settled["bytes"][side] > 0
+        assert result.summary[f"bytes_{side}"] == sum(sent) + settled["bytes"][side]
+
+    def forget(record: dict[str, Any]) -> Any:
+        for context in kept.grid._contexts.values():
+            for key in [k for k in context.state if k.startswith("hyper.1.")]:
+                if record["round"] == 2:
+                    del context.state[key]
+        return False, {}
+
+    monkeypatch.setattr(outer, "exchange", at)
+    with pytest.raises(UserError, match=r"client 1: Lost.*lost_state=reset"):
+        run(*given, "lost_state=fail", grid=kept, callbacks=[forget])
 
 
 def test_a_clients_decay_stays_where_its_training_has_an_end(run: Door) -> None:
@@ -535,6 +670,7 @@ def test_an_exchange_below_the_minimum_is_taken_again_without_a_trace(
     run: Door, monkeypatch: pytest.MonkeyPatch, inner: tuple[str, ...]
 ) -> None:
     given = (*GIVEN, *inner, "personal.depth=3", "rounds=2")
+    judged(monkeypatch, {1: 0.9, 2: 0.1}, 3)  # clients return to the first
     kept, undisturbed = Kept(), Kept()
     plain = run(*given, grid=undisturbed)
     turns = ["1.curvature.4", "1.start.0", "1.push.2", "1.push.2", "1.step.3"]
