@@ -365,7 +365,7 @@ def judged(
     def scores(node: Any, client: Member, order: Any) -> dict[str, float]:
         found = whole(node, client, order)
         if found:
-            found["validation_accuracy"] = accuracy[order["at"] // (depth + 2)]
+            found["choosing_accuracy"] = accuracy[order["at"] // (depth + 2)]
         return found
 
     monkeypatch.setattr(hyper_node, "_scores", scores)
@@ -425,19 +425,19 @@ def test_a_run_that_goes_on_after_its_end_equals_the_longer_run(
 def test_a_step_that_was_left_out_is_entered_once(run: Door) -> None:
     given = [*PLAIN, "strategy=fedavg", "personal=hgp", "personal.every=1", "nodes=1"]
     given += ["personal.depth=1", "personal.power_steps=0", "checkpoint_every=1"]
-    first = run(*given, "rounds=1")
+    first = run(*given, "rounds=2")
 
     def die(record: Any) -> Any:
-        if record["round"] == 2:
+        if record["round"] == 3:
             raise RuntimeError("killed")
         return False, {}
 
-    again = [*given, "rounds=3", f"resume={first.path}"]
+    again = [*given, "rounds=4", f"resume={first.path}"]
     with pytest.raises(RuntimeError, match="killed"):
         run(*again, callbacks=[die])
     records = run(*again).records
-    assert [r["personal"]["step"] for r in records[1:]] == [1, 2, 2]
-    assert records[1]["gradients"] == records[2]["gradients"]
+    assert [r["personal"]["step"] for r in records[1:]] == [1, 2, 3, 3]
+    assert records[2]["gradients"] == records[3]["gradients"]
 
 
 def test_inner_training_that_begins_anew_repeats_itself(run: Door) -> None:
