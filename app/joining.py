@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from flwr.serverapp import Grid
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from app.config import Config
 from app.errors import UserError
@@ -20,7 +21,8 @@ def wait_for_clients(
     Raises
     ------
     UserError
-        If they do not join in time, or every node tells impossible things of itself.
+        If they do not join in time, or what nodes tell of themselves is impossible: every node
+        or, where no other can come, one of them.
     """
     wanted = config.min_clients or config.clients + config.holdout_clients
     began, told = time.monotonic(), -1
@@ -30,7 +32,9 @@ def wait_for_clients(
         if here >= wanted and roster.trainable():
             break
         refused = next(iter(roster.faults.values()), "")
-        if refused and not here and not roster.waiting:
+        # Over a SuperLink others may come yet; what this process holds is all there will be.
+        alone = not here or not isinstance(grid, HttpGrid)
+        if refused and alone and not roster.waiting:
             raise UserError(refused)
         if time.monotonic() - began > config.join_timeout:
             raise UserError(
