@@ -7,9 +7,9 @@ late and takes part from the next round on.
 from __future__ import annotations
 
 import heapq
-import time
 from collections.abc import Callable, Mapping
 from logging import WARNING
+from time import monotonic
 
 import torch
 from flwr.app import Message, MessageType, RecordDict
@@ -90,7 +90,7 @@ class Roster:
         refused, or does not come, is asked again after a while; one that went before it answered,
         when it is back.
         """
-        present, now = set(grid.get_node_ids()), time.monotonic()
+        present, now = set(grid.get_node_ids()), monotonic()
         self._claims = {n: c for n, c in self._claims.items() if n in present}
         self._asked = {
             n: t for n, t in self._asked.items() if n in present and now - t < AGAIN

@@ -150,7 +150,7 @@ def hosts(*clients: int, samples: float = 5) -> Answer:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the time by which a roster goes."""
     now = [0.0]
-    monkeypatch.setattr("strategies.roster.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("strategies.roster.monotonic", lambda: now[0])
     return now
 
 
