@@ -11,19 +11,18 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from app import credentials
 from app.errors import UserError
+from app.processes import HOST, end_all, free_ports, marked
 
 MARK = "FEDGRAD_DEPLOYMENT"
-HOST = "127.0.0.1"
 #: The name of the connection in Flower's config.toml.
 LINK = "deployment"
 #: Seconds that Flower's command line may take.
@@ -282,49 +281,6 @@ class Deployment:
         self.nodes, self.link = {}, None
         if left := self.processes():
             raise UserError(f"processes {sorted(left)} would not end")
-
-
-def free_ports(count: int) -> list[str]:
-    """Return ports that are free now, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind((HOST, 0))
-        return [str(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
-def marked(mark: str) -> dict[int, str]:
-    """Return the living processes with this ``NAME=VALUE`` in their environment (Linux)."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        if entry.name == str(os.getpid()):
-            continue
-        try:
-            if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                found[int(entry.name)] = b" ".join(words).decode(errors="replace")
-        except OSError:
-            continue  # ended meanwhile, or another user's
-    return found
-
-
-def end_all(find: Any, how: signal.Signals, patience: float = 5.0) -> Iterable[int]:
-    """Signal all that ``find`` finds, again while new ones appear; return who is left."""
-    limit, told = time.monotonic() + patience, set[int]()
-    while left := find():
-        if time.monotonic() > limit:
-            return sorted(left)
-        for pid in left.keys() - told:
-            try:
-                os.kill(pid, how)
-            except ProcessLookupError:
-                continue
-            told.add(pid)
-        time.sleep(0.05)
-    return []
 
 
 def _tool(name: str) -> str:

@@ -23,8 +23,6 @@ from strategies.algorithm import Vectors
 from strategies.hyper_client import Member
 from strategies.hyper_wire import SCORES
 from strategies.personal_objective import PersonalObjective
-from strategies.sgd import SGD
-from strategies.tuned_sgd import TunedSGD
 from strategies.wire import Refused, pack, unpack
 
 
@@ -35,10 +33,8 @@ def work(message: Message, context: Context) -> Message:
     how, goal = settings(node.config), node.trainer().objective
     if how is None or not isinstance(goal, PersonalObjective):
         raise Refused("this run has no hyper-parameters")
-    optimizer, each = node.trainer().optimizer, bool(order["each"])
-    # The weight decay of the others is no part of the cost.
-    decay = optimizer.weight_decay if isinstance(optimizer, SGD | TunedSGD) else 0.0
-    task = replace(goal.task, decay=decay)
+    each = bool(order["each"])
+    task = replace(goal.task, decay=node.trainer().optimizer.penalty)
     clients = cast(list[int], order["clients"])
     sent = _arrived(message, goal, len(clients) if each else 1)
     place = node.store(context, order)

@@ -33,10 +33,10 @@ from rich.console import Console
 from rich.table import Table
 
 from app.config import load
-from app.deployment import marked
 from app.environment import environment
 from app.errors import UserError, nearest
 from app.host import setting
+from app.processes import marked
 from app.records import read_rounds, read_summary, write_atomic
 from bench.own_flower import own_flower
 from bench.workloads import ALL, WORKLOADS

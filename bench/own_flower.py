@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from app.deployment import end_all, free_ports, marked
+from app.processes import end_all, free_ports, marked
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def belonging(home: Path) -> dict[int, str]:
 def end(home: Path) -> list[int]:
     """End these processes and return who is left: politely first."""
     for how, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-        left = list(end_all(lambda: belonging(home), how, patience))
+        left = end_all(lambda: belonging(home), how, patience)
         if not left:
             break
     return left

@@ -47,6 +47,14 @@ class Optimizer(ABC):
         return None
 
     @property
+    def penalty(self) -> float:
+        """The weight of |theta|^2 / 2 in the cost that it descends on.
+
+        Zero where weight decay is decoupled from the gradient, and so no part of a cost.
+        """
+        return 0.0
+
+    @property
     def along(self) -> str:
         """The state's vector along which every step wants the Hessian's product, or none."""
         return ""

@@ -47,6 +47,11 @@ class SGD(Optimizer):
     moments: Moments = "reset"
 
     @property
+    def penalty(self) -> float:
+        """The weight decay."""
+        return self.weight_decay
+
+    @property
     def kept(self) -> tuple[str, ...]:
         """The velocity and its weight, if they persist."""
         persist = self.momentum and self.moments == "persist"

@@ -40,6 +40,11 @@ class TunedSGD(Optimizer):
     weight_decay: Annotated[float, Ge(0)] = 0.0
 
     @property
+    def penalty(self) -> float:
+        """The weight decay."""
+        return self.weight_decay
+
+    @property
     def along(self) -> str:
         """The tangent."""
         return "slope"

@@ -15,9 +15,10 @@ from typing import Any
 from conftest import Result, found, grid_of
 
 from app.compose import CONF
-from app.deployment import LINK, Deployment, end_all, marked
+from app.deployment import LINK, Deployment
 from app.experiment import argument
 from app.local_grid import LocalGrid
+from app.processes import end_all, marked
 from app.records import read_summary
 from app.store import DirectoryStore
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.config import load
-from app.deployment import marked
+from app.processes import marked
 from bench import __main__ as bench
 from bench import overhead
 from bench.workloads import ALL, WORKLOADS, Workload

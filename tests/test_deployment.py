@@ -29,9 +29,10 @@ from app import credentials
 from app.compose import CONF
 from app.config import load
 from app.deploy import apart, deploy, hosting, settings
-from app.deployment import MARK, Deployment, end_all, free_ports, marked
+from app.deployment import MARK, Deployment
 from app.errors import UserError
 from app.peaks import Peaks, peak
+from app.processes import end_all, free_ports, marked
 
 pytestmark = [
     pytest.mark.flower,
