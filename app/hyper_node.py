@@ -52,8 +52,8 @@ def work(message: Message, context: Context) -> Message:
             fresh = how.fresh(goal.zeros(len(samples.train)))
             memory = recall(store, k, named[i], fresh)
             # Any model serves as its own as long as l = 0 and nobody asks for the derivative.
-            if how.interpolates and (named[i] or what == "start"):
-                local, gradients = alone(node, how, place, k)
+            if how.interpolates and named[i]:
+                local, _ = alone(node, how, place, k)
             mine = {n: block[i if each else 0] for n, block in sent.items()}
             client = Member(
                 id=k,
@@ -70,6 +70,9 @@ def work(message: Message, context: Context) -> Message:
             if scores := _scores(node, client, order):
                 measured.append(k)
                 rows.append([scores[name] for name in SCORES])
+            if how.interpolates and not named[i] and what == "start":
+                local, gradients = alone(node, how, place, k)
+                client = replace(client, own=replace(client.own, local=local))
             u, after = _answer(client, order, mine)
             if u is not None and not bool(torch.isfinite(u).all()):
                 raise ArithmeticError("the hyper-gradient is not finite")
@@ -81,8 +84,7 @@ def work(message: Message, context: Context) -> Message:
             faults[str(k)] = brief(error)
             continue
         done.append(k)
-        # Told where the training is paid for: in the client's first estimate.
-        took.append(0 if named[i] else gradients)
+        took.append(gradients)  # in the client's first estimate alone
         if u is not None:
             up.append(u)
     columns = list(zip(*rows, strict=True)) or [()] * len(SCORES)

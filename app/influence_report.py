@@ -72,6 +72,8 @@ def unsettled(looks: Sequence[Look]) -> list[str]:
     """Return a warning if the second half of the steps still changed the estimate much."""
     last, at = looks[-1].predicted, looks[-1].step / 2
     half = min(looks, key=lambda look: abs(look.step - at)).predicted
+    if len(looks) == 1:
+        half = last.new_zeros(last.shape)  # as before the first step
     if not last.isfinite().all():
         return [
             "the series diverged; take a smaller estimate.alpha or some estimate.damping"

@@ -7,7 +7,6 @@ and hyper-parameters, what became of it, and what it cost.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from app import durable
+from app import best
 from app.config import Config
 from app.errors import UserError
 from app.exchange import exchange, gather
@@ -26,10 +25,6 @@ from strategies.bilevel import Bilevel
 from strategies.federation import Federation
 from strategies.hyper_wire import SCORES, Told
 from strategies.relay import Relay
-
-#: The model whose hyper-parameters validation prefers, in the run's directory, and the one that it
-#: preferred before the last round.
-BEST, FORMER = "best.safetensors", "checkpoints/best"
 
 
 def outer(
@@ -74,12 +69,27 @@ class Outer:
         # Without validation samples the clients choose by those that they train on.
         self.chooses = "validation" if config.client_validation else "train"
 
+    def before_round(self, round_: int) -> None:
+        """Begin the inner training anew, if a step has just been taken and the start is cold.
+
+        Not with the step: a run that ends here keeps the model that it has trained.
+        """
+        last, federation = round_ - 1, self.level.federation
+        cold = self.level.how.start == "cold"
+        if cold and self._due(last) and federation.since < last:
+            federation.restart(last)
+
     def after(
-        self, grid: Grid, round_: int, record: dict[str, Any], place: Path
+        self,
+        grid: Grid,
+        round_: int,
+        record: dict[str, Any],
+        place: Path,
+        stopped: bool = False,
     ) -> None:
         """Take the outer step that is due after a round, and enter it into the round's record.
 
-        After the last round, or where no steps are taken, the clients only measure.
+        After the last round, also of a run that has been stopped, the clients only measure.
 
         Parameters
         ----------
@@ -91,14 +101,16 @@ class Outer:
             Its record, to which ``personal`` is added, and the cost of it to the other costs.
         place : Path
             The run's directory.
+        stopped : bool
+            Whether the run ends with this round although more were asked for.
 
         Raises
         ------
         UserError
             If a client has lost what it remembers and ``lost_state=fail``, or too few answer.
         """
-        last, due = round_ == self.config.rounds, self._due(round_)
-        if not (due or last):
+        last = stopped or round_ == self.config.rounds
+        if not (self._due(round_) or last):
             return
 
         def better(told: Told) -> bool:
@@ -124,8 +136,6 @@ class Outer:
         if not last:
             parts.append(f"{len(told.moved)} clients took step {self.steps}")
         self.say(", ".join(parts))
-        if due and not last and self.level.how.start == "cold":
-            self.level.federation.restart(round_)
 
     def catch_up(self, grid: Grid, record: dict[str, Any], place: Path) -> bool:
         """Take the step that a shorter run left out after its last round, now that it goes on.
@@ -219,19 +229,17 @@ class Outer:
 
         if self.best and rank(found) <= rank(self.best):
             return False
+        former = self.best.get("round", 0)
         self.best = {"round": round_, "step": self.steps, **found}
         federation = self.level.federation
         vectors = {"theta": federation.server["theta"]}
         if isinstance(federation, Relay):
             vectors["models"] = torch.from_numpy(federation.carried["model"].z())
-        former = place / FORMER
-        if (
-            self.before is not None
-            and (place / BEST).exists()
-            and former.parent.exists()
-        ):
-            os.replace(place / BEST, former)  # a longer run does not measure here
-        durable.write(place / BEST, vectors, {"round": round_})
+        every = self.config.checkpoint_every
+        saved = (round_ - 1) // every * every if every else 0
+        # A checkpoint knows it as the best, or a longer run will, which does not measure here.
+        named = former <= saved or (every and self.before is not None)
+        best.put(place, round_, vectors, former if former and named else None)
         return True
 
     def _summary(self, told: Told) -> dict[str, Any]:
@@ -303,10 +311,4 @@ class Outer:
         if round_ < self.config.rounds and self.before is not None:
             self.best, self.before = self.before, None
         self.level.restore(state)
-        file, former = place / BEST, place / FORMER
-        if not self.best:
-            file.unlink(missing_ok=True)
-        elif former.exists() and durable.read(former)[1] == {
-            "round": self.best["round"]
-        }:
-            os.replace(former, file)
+        best.restore(place, self.best.get("round"))

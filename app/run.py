@@ -14,6 +14,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from app import checkpoint, network_plots
+from app.best import prune
 from app.by_class import label_counts
 from app.callbacks import Callback, stops
 from app.config import load
@@ -161,6 +162,9 @@ class Run:
             except Unbalanced as error:
                 raise UserError(f"round {round_}: {error}") from error
             stopped = self._ask_callbacks(record)
+            if stopped and self.outer and "personal" not in record:
+                place = self.directory.path
+                self.outer.after(grid, round_, record, place, stopped=True)
             self._write(record)
             self.directory.clients(rows)
             self._checkpoint(round_)
@@ -193,6 +197,8 @@ class Run:
         began = time.perf_counter()
         federation = self.federation
         record: dict[str, Any] = {"round": round_}
+        if self.outer:
+            self.outer.before_round(round_)
         taken = self.rounds.take(grid, round_)
         if taken.anew:
             record["reset"] = taken.anew
@@ -295,7 +301,11 @@ class Run:
             folder = self.directory.path / "checkpoints"
             keep = self.config.checkpoint_keep
             self.directory.sync()
-            self.federation.keep = checkpoint.save(folder, round_, vectors, rest, keep)
+            oldest = checkpoint.save(folder, round_, vectors, rest, keep)
+            self.federation.keep = oldest
+            if self.outer:
+                best = self.outer.best.get("round", 0)
+                prune(self.directory.path, oldest, best)
         elif not every:
             self.federation.keep = round_
 

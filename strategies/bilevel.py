@@ -17,7 +17,7 @@ estimate: its l_i stays, u_i = z_i stands for it (0 at the start), and the other
 fewer than ``min_replies`` answer, those whose nodes were silent are asked again, for the same
 version: what they did the first time leaves no trace.
 
-The check of alpha is hypergrad.py's power iteration, before the first estimate of a run.
+The check of alpha is hypergrad.py's power iteration, before the first estimate in which all answer.
 """
 
 from __future__ import annotations
@@ -100,8 +100,7 @@ class Bilevel:
         self._open(round_)
         how, clients = self.how, self._clients()
         if how.power_steps and not self.checked:
-            self._check(clients)
-            self.checked = True
+            self.checked = self._check(clients)
             # Who missed only the check takes part in what follows as if there had been none.
             self._told.failed = {k: self._told.failed[k] for k in self._told.lost}
             clients = [k for k in clients if k not in self._told.failed]
@@ -152,8 +151,11 @@ class Bilevel:
         everyone = [roster.samples[k] for k in roster.trainable()]
         return [roster.samples[k] * len(everyone) / sum(everyone) for k in clients]
 
-    def _check(self, clients: list[int]) -> None:
-        """Look for the mean Hessian's largest eigenvalue, and warn of an alpha too large for it."""
+    def _check(self, clients: list[int]) -> bool:
+        """Look for the mean Hessian's largest eigenvalue, and warn of an alpha too large for it.
+
+        Return whether all have answered: without some of them it would come out too small.
+        """
         theta = self.federation.server["theta"]
         seed, d = self.federation.roster.seed, len(theta)
         q = normals(seed, "eigenvalue", 0, [0], 0, d)[0].to(theta)
@@ -161,9 +163,10 @@ class Bilevel:
         if self.each:
             q = q.expand(self._count, d).contiguous()
         for k in range(self.how.power_steps):
-            products, clients = self._exchange("curvature", k, clients, q)
-            if not clients:
-                return
+            products, answered = self._exchange("curvature", k, clients, q)
+            if len(answered) < len(clients) or not clients:
+                log(WARNING, "personal.alpha: not checked now, as some do not answer")
+                return False
             z = self._mean(products, None)
             found = (q * z).sum(-1)
             q = z / z.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
@@ -171,6 +174,7 @@ class Bilevel:
         if why := doubt(self.how.alpha, found):
             self._told.warnings.append(f"personal.alpha: {why}")
             log(WARNING, "personal.alpha: %s", why)
+        return True
 
     def _mean(
         self, parts: Mapping[tuple[int, ...], Tensor], z: Tensor | None

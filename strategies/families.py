@@ -163,6 +163,10 @@ class SampleWeights(Family):
         """Return 1 + l_j."""
         return 1 + own[rows]
 
+    def admitted(self, own: Tensor, decay: float) -> Tensor:
+        """Return l from -1 up: below, the training cost falls as a sample gets ever worse."""
+        return own.clamp(min=-1)
+
 
 @dataclass(frozen=True)
 class Interpolation(Family):

@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
 from app import durable, hyper_node, hypers, outer
+from app.best import BEST
 from app.errors import UserError
 from app.exchange import exchange
 from app.host import Samples
@@ -399,7 +400,7 @@ def test_a_run_that_goes_on_after_its_end_equals_the_longer_run(
     first = run(*given, f"rounds={short}", "name=half")
     told, there = first.summary["personal"], held(first.path)
     assert told["round"] == (best if short == 4 else 3)
-    assert durable.read(first.path / outer.BEST)[1] == {"round": told["round"]}
+    assert durable.read(first.path / BEST)[1] == {"round": told["round"]}
     longer = run(*given, "rounds=5", f"resume={first.path}")
     assert torch.equal(longer.theta, straight.theta)
     assert unpersonalized(longer) == unpersonalized(straight)
@@ -410,7 +411,7 @@ def test_a_run_that_goes_on_after_its_end_equals_the_longer_run(
             assert ours.get(what) == theirs.get(what), (ours["round"], what)
     assert longer.summary["personal"] == straight.summary["personal"]
     assert straight.summary["personal"]["round"] == best
-    files = [durable.read(r.path / outer.BEST) for r in (longer, straight)]
+    files = [durable.read(r.path / BEST) for r in (longer, straight)]
     assert files[0][1] == files[1][1] == {"round": best}
     assert torch.equal(files[0][0]["theta"], files[1][0]["theta"])
     ours, theirs = held(longer.path), held(straight.path)
@@ -420,6 +421,34 @@ def test_a_run_that_goes_on_after_its_end_equals_the_longer_run(
         if short == best:  # what the short run ended with
             assert torch.equal(memory["l"], there[k]["l"])
             assert float(memory["l"].abs().max()) > 0.09
+
+
+@pytest.mark.parametrize("every", [4, 5])
+def test_the_best_model_is_the_one_that_the_checkpoint_knew(
+    run: Door, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, every: int
+) -> None:
+    given = [*PLAIN, "strategy=fedavg", "personal=hgp", "personal.every=2", "nodes=1"]
+    given += ["personal.depth=1", "personal.power_steps=0", "evaluate_clients=none"]
+    given += ["rounds=7", f"checkpoint_every={every}"]
+
+    def die(record: Any) -> Any:
+        if record["round"] == 7:
+            raise RuntimeError("killed")
+        return False, {}
+
+    judged(monkeypatch, {2: 0.3, 4: 0.1, 6: 0.5})
+    with pytest.raises(RuntimeError, match="killed"):
+        run(*given, "name=one", callbacks=[die])
+    place = tmp_path / "runs" / "one"
+    assert durable.read(place / BEST)[1] == {"round": 6}
+    judged(monkeypatch, {2: 0.3, 4: 0.1, 6: 0.2, 7: 0.1})
+    # Others tell now that round 6 is not so good: what was best at the checkpoint remains.
+    result = run(*given, f"resume={place}")
+    assert result.summary["personal"]["round"] == 2
+    found, header = durable.read(place / BEST)
+    assert header == {"round": 2}
+    straight = run(*given, "name=straight")
+    assert torch.equal(found["theta"], durable.read(straight.path / BEST)[0]["theta"])
 
 
 def test_a_step_that_was_left_out_is_entered_once(run: Door) -> None:
@@ -623,6 +652,37 @@ def test_stopped_after_its_best_step_it_returns_to_what_validation_saw(
         assert torch.equal(after, best)
 
 
+@pytest.mark.parametrize("inner", [("strategy=feddyn",), NETWORK])
+@pytest.mark.parametrize(("start", "at"), [("cold", 4), ("cold", 3), ("warm", 5)])
+def test_a_run_that_stops_early_keeps_what_it_has_trained(
+    run: Door, inner: tuple[str, ...], start: str, at: int
+) -> None:
+    given = (*PLAIN, *inner, "personal=hgp", "personal.every=2", "personal.depth=1")
+    given = (*given, "personal.power_steps=0", f"personal.start={start}")
+    stopped = run(*given, "rounds=9", callbacks=[lambda r: (r["round"] == at, {})])
+    short = run(*given, f"rounds={at}")
+    assert torch.equal(stopped.theta, short.theta)
+    assert "personal" in stopped.records[-1]
+    for name in ("accuracy_mean", "choosing_accuracy_mean", "round"):
+        ours, theirs = (r.summary["personal"].get(name) for r in (stopped, short))
+        assert ours == theirs, name
+    # Between two steps it ends as the shorter run does.
+    if at % 2:
+        assert stopped.summary["personal"] == short.summary["personal"]
+        assert stopped.summary["clients"] == short.summary["clients"]
+
+
+def test_no_training_sample_has_a_negative_weight(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4}, depth=2)
+    kept = Kept()
+    given = [*GIVEN, "strategy=fedavg", "personal.families=[sample_weights]"]
+    given += ["personal.lr=0.9", "personal.depth=2", "personal.power_steps=0"]
+    run(*given, "rounds=4", "evaluate_clients=none", grid=kept)
+    assert float(torch.cat(kept.all("l")).min()) == -1
+
+
 @pytest.mark.parametrize(
     ("numbers", "why"), [(float("nan"), "NaN or infinity"), (None, "wrong keys")]
 )
@@ -693,8 +753,13 @@ def test_an_exchange_below_the_minimum_is_taken_again_without_a_trace(
     # But not those who only missed the check of alpha.
     monkeypatch.setattr(outer, "exchange", losing("1.curvature.4"))
     spared = Kept()
-    told = run(*given, grid=spared).records[1]["personal"]
-    assert (told["moved"], told["failed"]) == (6, {})
+    one, two = (r["personal"] for r in run(*given, grid=spared).records[1:])
+    assert (one["moved"], one["failed"]) == (6, {})
+    # Nor is alpha held against the others' curvature alone.
+    assert one["largest_eigenvalue"] is two["largest_eigenvalue"] is None
+    monkeypatch.setattr(outer, "exchange", losing("1.curvature.4"))
+    later = run(*given, "rounds=3").records[2]["personal"]
+    assert later["largest_eigenvalue"] > 0
     for ours, theirs in zip(spared.all("l"), undisturbed.all("l"), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -804,6 +869,7 @@ def test_who_diverges_alone_keeps_the_shared_model(
     told = result.records[1]["personal"]
     assert told["moved"] == 5
     assert "own: delta is not finite (training diverged)" in told["failed"]["2"]
+    assert told["best"] == 1  # it is judged with the shared model
     assert result.records[2]["clients"]["failed"] == {}
 
 

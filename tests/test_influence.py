@@ -357,6 +357,7 @@ def test_a_series_that_diverged_is_told_and_leaves_empty_cells() -> None:
         Look(m, torch.tensor([v, 1.0]), 0, 0, 0.0) for m, v in ((1, 1.0), (2, np.inf))
     ]
     assert "diverged" in unsettled(looks)[0]
+    assert "changed the estimate by 100%" in unsettled(looks[:1])[0]
     rows = listed([np.array([7, 3])], [0] * 8, np.array([np.inf, -0.5]), {1: 0.25})
     assert as_csv(rows) == (
         "client,sample,label,predicted,actual\n0,3,0,-0.5,0.25\n0,7,0,,\n"
