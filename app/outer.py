@@ -130,9 +130,11 @@ class Outer:
             "best": self.best.get("round"),
         }
         self._enter(record, told, found)
-        measured, best = found.get("accuracy_mean", math.nan), found["best"]
+        measured, so_far = found.get("accuracy_mean", math.nan), found["best"]
         parts = [f"round {round_}: own models {measured:.4f}"]
-        parts.append(f"best after round {best}" if best else "no round is the best yet")
+        parts.append(
+            f"best after round {so_far}" if so_far else "no round is the best yet"
+        )
         if not last:
             parts.append(f"{len(told.moved)} clients took step {self.steps}")
         self.say(", ".join(parts))
