@@ -12,6 +12,8 @@ from pydantic import Field
 from app.data import Dataset, Fraction, Seed, Split, hold_out, split_mask
 from app.errors import UserError, nearest
 
+MOST_CLASSES = 100_000
+
 
 def npz(
     path: str,
@@ -58,6 +60,11 @@ def npz(
             raise UserError(f"{path} has no array '{name}': {nearest(name, arrays)}")
     whole = _checked(path, arrays["x"], arrays[label], label, scale)
     classes = int(whole.y.max()) + 1 if whole.y.dtype == torch.int64 else 0
+    if classes > MOST_CLASSES:
+        raise UserError(
+            f"{path}: {label} has the class {classes - 1}; classes are counted from 0, at most "
+            f"{MOST_CLASSES}"
+        )
     natural = None
     if client:
         if arrays[client].shape != (len(whole),):

@@ -37,23 +37,30 @@ def put(place: Path, round_: int, vectors: Vectors, former: int | None) -> None:
     durable.write(place / BEST, vectors, {"round": round_})
 
 
-def restore(place: Path, round_: int | None) -> None:
-    """Let the best model be that of a round again, or none: never that of another."""
+def restore(place: Path, round_: int | None, at: int) -> None:
+    """Let the best model be that of a round again, or none, as a run goes on after round ``at``."""
+    for later in _all_aside(place):
+        if later > at:
+            _aside(place, later).unlink()
     file = place / BEST
     if round_ is not None and _is_of(file, round_):
         return
     file.unlink(missing_ok=True)
-    if round_ is not None and (aside := _aside(place, round_)).exists():
-        os.replace(aside, file)
+    if round_ is not None and _is_of(_aside(place, round_), round_):
+        durable.write(file, *durable.read(_aside(place, round_)))
 
 
 def prune(place: Path, oldest: int, best: int) -> None:
     """Drop the models that no checkpoint from round ``oldest`` on can name."""
-    found = [int(f.name.split("-")[1]) for f in _aside(place, 0).parent.glob("best-*")]
     # The newest from before that round may be what was best in it.
-    earlier = sorted(r for r in {*found, best} if r < oldest)
+    earlier = sorted(r for r in {*_all_aside(place), best} if r < oldest)
     for round_ in earlier[:-1]:
         _aside(place, round_).unlink(missing_ok=True)
+
+
+def _all_aside(place: Path) -> list[int]:
+    folder = _aside(place, 0).parent
+    return [int(file.name.split("-")[1]) for file in folder.glob("best-*")]
 
 
 def _aside(place: Path, round_: int) -> Path:

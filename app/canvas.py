@@ -42,6 +42,12 @@ def blank(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def literal(text: str) -> str:
+    """Return text that a user chose as it is drawn: without formulas, and never left out."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def style(index: int) -> dict[str, Any]:
     """Return a color, line style and marker that no other of 32 indices has."""
     turn = index // len(INKS)
@@ -58,7 +64,7 @@ def line(axes: Axes, x: Floats, y: Floats, label: str, index: int) -> None:
     axes.plot(
         x,
         y,
-        label=label,
+        label=literal(label),
         lw=1.6,
         ms=4.5,
         markevery=(index % every, every),

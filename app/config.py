@@ -88,7 +88,7 @@ class Config(Model):
     clients: Annotated[int, Field(ge=1)]
     clients_per_round: Annotated[int, Field(ge=1)]
     holdout_clients: Annotated[int, Field(ge=0)]
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     dtype: Literal["float32", "float64"]
     local: Local

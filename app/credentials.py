@@ -32,10 +32,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from app.errors import UserError
 
-DAYS, MOST_DAYS = 825, 36500
+#: How long a certificate holds, and an authority, which signs others when the first has ended.
+DAYS, AUTHORITY_DAYS, MOST_DAYS = 825, 3650, 36500
 
 
-def authority(folder: Path, days: int = DAYS) -> Path:
+def authority(folder: Path, days: int = AUTHORITY_DAYS) -> Path:
     """Make a certificate authority: ``ca.crt`` to hand out, ``ca.key`` to keep.
 
     Returns
@@ -99,7 +100,7 @@ def server(folder: Path, hosts: Sequence[str], days: int = DAYS) -> tuple[Path, 
     Raises
     ------
     UserError
-        If no host is named, or the authority's key is elsewhere.
+        If no host is named, or the authority's key is elsewhere or ends earlier.
     """
     if not hosts or not all(hosts):
         raise UserError("hosts: name every address by which the SuperLink is reached")
@@ -115,6 +116,11 @@ def server(folder: Path, hosts: Sequence[str], days: int = DAYS) -> tuple[Path, 
         raise UserError(f"{folder}/ca.key: an elliptic-curve key is needed")
     if _public(issuer.public_key()) != _public(signer.public_key()):
         raise UserError(f"{folder}: ca.key is not the key of ca.crt")
+    left = (issuer.not_valid_after_utc - datetime.datetime.now(datetime.UTC)).days
+    if days > left:
+        raise UserError(
+            f"days={days}: {folder}/ca.crt, which signs it, ends in {left} days"
+        )
     key = ec.generate_private_key(ec.SECP384R1())
     purpose = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
     identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
@@ -224,11 +230,12 @@ def main() -> None:
         if not 1 <= given.days <= MOST_DAYS:
             raise UserError(f"--days {given.days}: from 1 to {MOST_DAYS}")
         if not (given.folder / "ca.crt").exists():
-            print(authority(given.folder, given.days))
+            print(authority(given.folder, max(given.days, AUTHORITY_DAYS) + 1))
         hosts = [host.strip() for host in given.hosts.split(",")]
         print(*server(given.folder, hosts, given.days), sep="\n")
         for number in range(1, given.nodes + 1):
-            print(node_key(given.folder / f"node-{number}"))
+            file = given.folder / f"node-{number}"
+            print(file if file.exists() else node_key(file))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

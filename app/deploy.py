@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from app.config import Config, load
+from app.config import Config, load, quote
 from app.deployment import LINK, Deployment
 from app.derive import check_grid
 from app.errors import UserError
@@ -51,9 +51,10 @@ def settings(given: Sequence[str]) -> list[str]:
     # A preset says itself how long and on what.
     found = [*(DEFAULTS[:2] if "experiment" in named else DEFAULTS), *given]
     if "clients" not in named and "experiment" not in named:
+        # All of them in each round, unless it is said otherwise.
+        all_of = ["clients_per_round=${clients}"]
+        found += [] if "clients_per_round" in named else all_of
         found.append(f"clients={load([*found, 'clients=1000000']).nodes}")
-        if "clients_per_round" not in named:
-            found.append("clients_per_round=${clients}")
     return found
 
 
@@ -173,7 +174,7 @@ def deploy(given: Sequence[str], say: Say = print, memory: bool = False) -> Path
     base = Path(config.output_dir).expanduser().resolve()
     deployment = Deployment(base / f"deploy-{stamp}-{os.getpid()}")
     say(f"deployment: {deployment.folder}")
-    job = [*overrides, f"output_dir='{deployment.folder}/runs'"]
+    job = [*overrides, f"output_dir={quote(f'{deployment.folder}/runs')}"]
     peaks = Peaks(deployment.processes)
     try:
         names = build(deployment, overrides, say)

@@ -269,13 +269,24 @@ def local_samples(path: str, label: str, overrides: tuple[str, ...]) -> Samples:
     if file.suffix == ".npz":
         scale = given.get("scale", 1.0) if config.data.name == "npz" else 1.0
         dataset = npz(path=str(file), label=label, scale=scale)
-    else:
+    elif config.data.name in ("imagefolder", "described"):
         numbers = (given.get(name, [0.5]) for name in ("mean", "std"))
         dataset = alike(str(file), expected, *numbers)
+    else:  # whose pictures are scaled in a way of their own
+        raise UserError(
+            f"{path}: pictures go with data=imagefolder and data=described; with "
+            f"data={config.data.name} a node's own data are an .npz, scaled as the run's are"
+        )
     shape, classes = tuple(expected.train.x.shape[1:]), expected.classes
     if tuple(dataset.train.x.shape[1:]) != shape:
         found = tuple(dataset.train.x.shape[1:])
         raise UserError(f"{path}: samples of shape {found}; the run's have {shape}")
+    if bool(classes) != bool(dataset.classes):
+        kinds = "numbers", "classes"
+        raise UserError(
+            f"{path}: {label} are {kinds[bool(dataset.classes)]} where the run has "
+            f"{kinds[bool(classes)]}"
+        )
     if classes and int(dataset.train.y.max()) >= classes:
         raise UserError(f"{path}: has more classes than the run's {classes}")
     device, dtype = config.torch_device, config.torch_dtype

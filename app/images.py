@@ -5,11 +5,11 @@ Pictures are decoded once into bytes; a tar is read in memory and never unpacked
 disk.
 """
 
+import contextlib
 import hashlib
 import io
 import os
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -31,6 +31,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png"}
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 4096 * 4096
 MAX_TOTAL = 16 * 2**30
+#: To be raised with a change of what pictures become: a cache of before is then made anew.
+DECODING = 2
 
 
 def imagefolder(
@@ -86,13 +88,14 @@ def imagefolder(
             "train/CLASS/*.jpg and test/CLASS/*.jpg."
         )
     arrays = None
-    fingerprint = _fingerprint(source, size, grey) if cache else ""
-    if cache and Path(cache).exists():
-        arrays = _read_cache(Path(cache), fingerprint)
+    kept = Path(cache).expanduser() if cache else None
+    fingerprint = _fingerprint(source, size, grey) if kept else ""
+    if kept and kept.exists():
+        arrays = _read_cache(kept, fingerprint)
     if arrays is None:
         arrays = _decode_all(source, size, grey)
-        if cache:
-            _write_cache(Path(cache), fingerprint, arrays)
+        if kept:
+            _write_cache(kept, fingerprint, arrays)
     names = [str(name) for name in arrays["labels"]]
     splits = [
         Split(
@@ -188,7 +191,12 @@ def _decode(
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise UserError(f"{root}: {name} has more than {MAX_PIXELS} pixels.")
-            image = picture.convert("L" if grey else "RGB")
+            image: Image.Image = picture
+            if picture.mode.startswith("I"):
+                # 16 bits, which convert would cut off at 255.
+                high = np.asarray(picture).clip(0, 65535) >> 8
+                image = Image.fromarray(high.astype(np.uint8))
+            image = image.convert("L" if grey else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{root}: {name} is not a readable JPEG or PNG.") from error
     if size is not None and image.size != (size, size):
@@ -239,7 +247,7 @@ def _members(root: Path) -> Iterator[tuple[str, bytes]]:
 def _fingerprint(root: Path, size: int | None, grey: bool) -> str:
     """Name the pictures and options cheaply: by names, lengths and times."""
     files = _files(root) if root.is_dir() else [(root.name, root)]
-    digest = hashlib.sha256(f"{size} {grey}".encode())
+    digest = hashlib.sha256(f"{DECODING} {size} {grey}".encode())
     for name, path in files:
         stat = path.stat()
         digest.update(f"\n{name} {stat.st_size} {stat.st_mtime_ns}".encode())
@@ -252,6 +260,8 @@ def _read_cache(path: Path, fingerprint: str) -> dict[str, np.ndarray] | None:
             if str(stored["fingerprint"]) != fingerprint:
                 return None
             return {name: stored[name] for name in stored.files}
+    except PermissionError as error:
+        raise UserError(f"data.cache={path}: {error.strerror}") from error
     except (
         *(ValueError, OSError, EOFError, KeyError),
         *(zipfile.BadZipFile, zlib.error),
@@ -265,15 +275,14 @@ def _read_cache(path: Path, fingerprint: str) -> dict[str, np.ndarray] | None:
 def _write_cache(path: Path, fingerprint: str, arrays: dict[str, np.ndarray]) -> None:
     """Write beside the target, then rename: a reader never meets half a file."""
     arrays = {**arrays, "fingerprint": np.array(fingerprint)}
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with part.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        os.replace(part, path)
     except OSError as error:
         raise UserError(f"data.cache={path}: {error.strerror or error}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()

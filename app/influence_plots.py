@@ -93,7 +93,8 @@ def sheet(table: Rows, pictures: Tensor, names: Sequence[str], path: Path) -> No
             color = canvas.COLORS[1] if harmful else canvas.COLORS[0]
             for spine in axes.spines.values():
                 spine.set(color=color, lw=2, ls="--" if harmful else "-")
-            title = f"{names[row['label']]}\n{row['predicted']:+.1e}"
+            name = canvas.literal(names[row["label"]])
+            title = f"{name}\n{row['predicted']:+.1e}"
             axes.set_title(title, fontsize=8, color=color)
         line[0].set_ylabel(f"client {client}", fontsize=9)
     figure.suptitle(

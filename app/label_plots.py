@@ -62,7 +62,7 @@ def _bars(counts: Floats, names: Sequence[str]) -> Figure:
             hatch="////" if few and index >= len(canvas.COLORS) else None,
             edgecolor="white",
             linewidth=0.0,
-            label=str(names[index]),
+            label=canvas.literal(str(names[index])),
         )
         bottom += counts[:, index]
     axes.set(xlabel="client", ylabel="samples", xlim=(-0.7, clients - 0.3))
@@ -93,7 +93,9 @@ def _heat(counts: Floats, names: Sequence[str]) -> Figure:
     main.set(xlabel="client", ylabel="class")
     main.xaxis.set_major_locator(MaxNLocator(integer=True))
     if classes <= 30:
-        main.set_yticks(range(classes), [str(name) for name in names], fontsize=8)
+        main.set_yticks(
+            range(classes), [canvas.literal(str(n)) for n in names], fontsize=8
+        )
     return figure
 
 

@@ -59,7 +59,7 @@ def draw(network: Network, records: Records, path: Path, title: str = "") -> Non
     axes.set(xlabel="communication round", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.suptitle(title)
+    figure.suptitle(canvas.literal(title))
     canvas.save(figure, path)
 
 

@@ -148,9 +148,13 @@ class Outer:
             Whether the record of that round has become another.
         """
         round_, how = record["round"], self.level.how
-        if round_ >= self.config.rounds or not self._due(round_):
+        if round_ >= self.config.rounds:
             return False
-        if self.steps == round_ // how.every:
+        if self.before is not None:
+            # The longer run, had it been asked for at once, would have measured elsewhere.
+            self.best, self.before = self.before, None
+            best.restore(place, self.best.get("round"), round_)
+        if not self._due(round_) or self.steps == round_ // how.every:
             return False
         # Entered before, by a run that went on and died before its next checkpoint.
         entered = record["personal"]["step"] > self.steps
@@ -302,15 +306,9 @@ class Outer:
         return mine | {"warnings": self.warnings} | self.level.state()
 
     def restore(self, state: Mapping[str, Any], round_: int, place: Path) -> None:
-        """Continue from what ``state`` returned after a round.
-
-        If that was the last and is not any more, what was measured in it is forgotten: the longer
-        run, had it been asked for at once, would have measured elsewhere.
-        """
+        """Continue from what ``state`` returned after a round."""
         self.steps, self.before = state["steps"], state.get("before")
         self.best = dict(state["best"])
         self.warnings = list(state.get("warnings", []))
-        if round_ < self.config.rounds and self.before is not None:
-            self.best, self.before = self.before, None
         self.level.restore(state)
-        best.restore(place, self.best.get("round"))
+        best.restore(place, self.best.get("round"), round_)

@@ -5,7 +5,6 @@ long study shows at once.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from app.binding import Model
 from app.compose import CONF, names
-from app.config import load
+from app.config import load, quote
 from app.errors import UserError, nearest
 from app.resume import APART
 from app.tuning import Tuning
@@ -194,17 +193,20 @@ def plan(name: str, size: str, seeds: int | None, extra: Sequence[str] = ()) -> 
             raise UserError(f"{override}: the study itself sets {_key(override)}.")
     base = next((o for o in extra if _key(o) == "output_dir"), "output_dir=runs")
     kept = [o for o in extra if _key(o) != "output_dir"]
-    # Other settings are another study: they never mix with those of the plain one.
+    # Other settings are another study, and so are other data: they never mix with the plain one.
     telling = sorted(o for o in kept if _key(o) not in APART)
-    tag = hashlib.sha256(" ".join(telling).encode()).hexdigest()[:6]
+    marked = sorted(
+        o for o in kept if _key(o) not in APART - {"data.path", "data.root"}
+    )
+    tag = hashlib.sha256(" ".join(marked).encode()).hexdigest()[:6]
     folder = Path(load([base]).output_dir).expanduser() / "studies"
-    folder /= f"{name}-{size}-{tag}" if telling else f"{name}-{size}"
+    folder /= f"{name}-{size}-{tag}" if marked else f"{name}-{size}"
     count = study.sizes[size].seeds if seeds is None else seeds
     jobs = []
     for seed in range(count):
         for variant, given in study.variants.items():
             run = f"{variant}-seed{seed}"
-            place = json.dumps(str(folder.resolve()), ensure_ascii=False)
+            place = quote(str(folder.resolve()))
             parts = [f"experiment={name}", *study.sizes[size].overrides, *given, *kept]
             parts += [f"seed={seed}", f"name={run}", f"output_dir={place}"]
             if seed == 0:  # the others differ in a number

@@ -144,7 +144,7 @@ def curves(
             alpha=0.18,
             lw=0,
         )
-    axes.set(xlabel=name, ylabel=canvas.unit(metric), title=title)
+    axes.set(xlabel=name, ylabel=canvas.unit(metric), title=canvas.literal(title))
     if axis == "rounds":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axis == "links":  # from one peer to all of them: factors, not differences
@@ -204,7 +204,7 @@ def overview(records: Records, path: Path, title: str = "") -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         canvas.log_if_wide(axes, unit)
         axes.legend(fontsize=8)
-    figure.suptitle(title)
+    figure.suptitle(canvas.literal(title))
     canvas.save(figure, path)
 
 

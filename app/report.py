@@ -190,7 +190,9 @@ def told(runs: Sequence[Run]) -> list[dict[str, Any]]:
     found = [flat(run.config) for run in runs]
     seeds = {k for one in found for k in one if k.endswith(".seed")}
     same = {
-        k for k in seeds if all(one.get(k, one["seed"]) == one["seed"] for one in found)
+        k
+        for k in seeds
+        if all(one.get(k, one.get("seed")) == one.get("seed") for one in found)
     }
     return [{k: v for k, v in one.items() if k not in same} for one in found]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from app.errors import UserError
 from app.outer import Outer
 from app.records import plain, read_summary
 from app.report import flat
-from app.rundir import RunDir
+from app.rundir import ENVIRONMENT, RunDir
 from strategies.federation import Federation
 from strategies.relay import Relay
 
@@ -47,8 +48,10 @@ def settings(described: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k not in APART}
 
 
-def new_directory(config: Config, *words: str) -> RunDir:
+def new_directory(config: Config, *words: str, data: str = "") -> RunDir:
     """Return a new run directory, called by the time and some words unless the run has a name.
+
+    ``data`` tells its samples from others (`Dataset.digest`).
 
     Raises
     ------
@@ -59,19 +62,28 @@ def new_directory(config: Config, *words: str) -> RunDir:
     title = "-".join([stamp, *words, f"seed{config.seed}"])
     base = Path(config.output_dir).expanduser().resolve()
     try:
-        return RunDir.create(base, config.name or title, describe(config))
+        return RunDir.create(base, config.name or title, describe(config), data)
     except OSError as error:
         raise UserError(f"output_dir={config.output_dir}: {error.strerror}") from error
 
 
-def find_unfinished(config: Config) -> Path:
+def find_unfinished(config: Config, data: str) -> Path:
     """Return the run directory that ``resume`` names.
+
+    ``data`` tells the samples from others: settings name a file, not what is in it.
 
     Raises
     ------
     UserError
-        If there is none, or it has other settings.
+        If there is none, or it has other settings or samples.
     """
+
+    def began_with(path: Path) -> str:
+        try:
+            told = json.loads((path / ENVIRONMENT).read_text())
+            return str(told.get("data", data))
+        except (OSError, ValueError, AttributeError):
+            return data
 
     def same(path: Path) -> bool:
         try:
@@ -81,7 +93,12 @@ def find_unfinished(config: Config) -> Path:
         if not isinstance(there, dict):
             return False
         ours, theirs = settings(describe(config)), settings(there)
-        return all(theirs.get(k) == v for k, v in ours.items() if k not in FREE)
+        # Of a mapping (faults.crash) also what is not there any more.
+        mappings = {k.rpartition(".")[0] for k in ours if k.count(".") > 1}
+        gone = {k for k in theirs.keys() - ours if k.rpartition(".")[0] in mappings}
+        return not gone and all(
+            theirs.get(k) == v for k, v in ours.items() if k not in FREE
+        )
 
     if config.resume != "auto":
         path = Path(config.resume).expanduser().resolve()
@@ -94,11 +111,16 @@ def find_unfinished(config: Config) -> Path:
                 f"resume={config.resume}: that run has other settings; give the same ones "
                 f"(only {', '.join(FREE)} and where and how it runs may change)"
             )
+        if began_with(path) != data:
+            raise UserError(
+                f"resume={config.resume}: that run began with other samples than "
+                f"data={config.data.name} has now"
+            )
         return path
     base = Path(config.output_dir).expanduser().resolve()
     paths = [p.parent for p in base.glob("*/config.yaml")]
     open_ = [p for p in paths if checkpoint.oldest(p / "checkpoints")]
-    open_ = [p for p in open_ if not _finished(p) and same(p)]
+    open_ = [p for p in open_ if not _finished(p) and same(p) and began_with(p) == data]
     if not open_:
         raise UserError(
             f"resume=auto: no unfinished run of these settings has a checkpoint in {base}"

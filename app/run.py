@@ -90,15 +90,16 @@ class Run:
         judged, classes = len(self.test.y), self.setting.dataset.classes
         self.callbacks = [*stops(self.config.stop, judged, classes), *callbacks]
         self.records: list[dict[str, Any]] = []
-        self.first = 1
+        self.first, self.stopped = 1, ""
         self.directory = self._resume() if self.config.resume else self._create()
 
     # Where it is written.
 
     def _create(self) -> RunDir:
         config = self.config
-        directory = new_directory(config, config.strategy.name, config.data.name)
         dataset = self.setting.dataset
+        names = config.strategy.name, config.data.name
+        directory = new_directory(config, *names, data=dataset.digest())
         if dataset.classes and self.setting.parts:
             labels = dataset.train.y.cpu().numpy()
             counts = label_counts(labels, self.setting.parts, dataset.classes)
@@ -106,7 +107,7 @@ class Run:
         return directory
 
     def _resume(self) -> RunDir:
-        path = find_unfinished(self.config)
+        path = find_unfinished(self.config, self.setting.dataset.digest())
         lock = claim(
             path
         )  # before the checkpoint is read: nobody may write a later one
@@ -117,11 +118,9 @@ class Run:
             lock.close()
             raise
         self.first, self.records = round_ + 1, read_rounds(path)
-        for record in self.records[
-            1:
-        ]:  # no callback sees the model before the first round
-            for callback in self.callbacks:
-                callback(record)
+        # No callback sees the model before the first round.
+        for record in self.records[1:]:
+            self.stopped = self._ask_callbacks(record)
         return directory
 
     # The rounds.
@@ -149,31 +148,30 @@ class Run:
             self.federation.state_dir = str(self.directory.path / "clients")
         self.say(f"run directory: {self.directory.path}")
         wait_for_clients(grid, self.federation.roster, config, self.say)
-        stopped = ""
         if self.first == 1:
             self._write({"round": 0, **self._evaluate()})
-        elif self.outer and self.outer.catch_up(
-            grid, self.records[-1], self.directory.path
-        ):
-            self.directory.replace(self.records[-1])
+        elif self.outer and not self.stopped:
+            path, last = self.directory.path, self.records[-1]
+            if self.outer.catch_up(grid, last, path):
+                self.directory.replace(last)
         for round_ in range(self.first, config.rounds + 1):
+            if self.stopped:
+                break
             try:
                 record, rows = self._round(grid, round_)
             except Unbalanced as error:
                 raise UserError(f"round {round_}: {error}") from error
-            stopped = self._ask_callbacks(record)
-            if stopped and self.outer and "personal" not in record:
+            self.stopped = self._ask_callbacks(record)
+            if self.stopped and self.outer and "personal" not in record:
                 place = self.directory.path
                 self.outer.after(grid, round_, record, place, stopped=True)
             self._write(record)
             self.directory.clients(rows)
             self._checkpoint(round_)
             self.say(line(record, config.rounds, self._pace(began, round_)))
-            if stopped:
-                break
         self._evaluate_clients(grid)
         summary = {
-            "status": stopped or "finished",
+            "status": self.stopped or "finished",
             "name": self.directory.path.name,
             **summarize(config, self.records),
             "clients": self._clients(),

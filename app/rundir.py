@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
-CONFIG = "config.yaml"
+CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 CLIENTS = "clients.csv"
 #: Held by the process that is at the run. Never replaced: a lock is on a file, not on its name.
 LOCK = ".lock"
@@ -80,7 +80,9 @@ class RunDir:
         self._lock = lock or claim(path)
 
     @classmethod
-    def create(cls, base: Path, name: str, config: dict[str, Any]) -> "RunDir":
+    def create(
+        cls, base: Path, name: str, config: dict[str, Any], data: str = ""
+    ) -> "RunDir":
         """Make a new directory for a run.
 
         Parameters
@@ -91,6 +93,8 @@ class RunDir:
             The directory's name; ``NAME-2``, ``NAME-3``, ... where it is taken.
         config : dict
             The composed configuration, kept as ``config.yaml``.
+        data : str
+            What tells its samples from others, kept in ``environment.json``.
 
         Raises
         ------
@@ -106,7 +110,7 @@ class RunDir:
                 f"{base}: cannot keep runs here ({error.strerror})."
             ) from error
         write_atomic(path / CONFIG, _yaml(config))
-        write_atomic(path / "environment.json", _json(environment()))
+        write_atomic(path / ENVIRONMENT, _json(environment() | {"data": data}))
         write_atomic(path / ROUNDS, b"")
         write_atomic(path / CLIENTS, ",".join(COLUMNS) + "\n")
         return cls(path, _tensorboard(path))

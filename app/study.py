@@ -10,7 +10,6 @@ finished is not run again, so a study that was interrupted goes on where it stop
 """
 
 import argparse
-import json
 import shutil
 import sys
 import traceback
@@ -23,7 +22,7 @@ from rich.console import Console
 
 from app import checkpoint, results
 from app.alone import hold
-from app.config import load
+from app.config import load, quote
 from app.errors import UserError
 from app.plan import Job, Plan, plan, read, studies
 from app.progress import Board
@@ -54,8 +53,7 @@ def settle(job: Job, folder: Path) -> tuple[bool, tuple[str, ...]]:
     same = settings(there or {}) == settings(describe(load(job.overrides)))
     if read_summary(path) is None:
         if same and checkpoint.newest(path / "checkpoints") is not None:
-            # JSON quotes as Hydra's grammar does.
-            return False, (*job.overrides, f"resume={json.dumps(str(path.resolve()))}")
+            return False, (*job.overrides, f"resume={quote(str(path.resolve()))}")
         shutil.rmtree(path)
         return False, job.overrides
     if same:

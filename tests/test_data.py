@@ -255,6 +255,7 @@ def test_npz_with_clients_and_its_own_split(tmp_path):
             "one client",
         ),
         ({"x": np.ones((4, 2)), "y": np.arange(4), "x_test": np.ones(1)}, {}, "y_test"),
+        ({"x": np.ones((4, 2)), "y": np.arange(4) + 10**9}, {}, "class 1000000003"),
     ],
 )
 def test_npz_mistakes_are_told_in_one_line(tmp_path, arrays, knobs, word):
@@ -333,6 +334,26 @@ def test_imagefolder_cache_follows_the_pictures(pictures, tmp_path):
     one_line(caught, "cache")
 
 
+@pytest.mark.parametrize("grey", [True, False])
+def test_pictures_of_sixteen_bits_keep_their_levels(pictures, grey):
+    for number, level in enumerate((0, 257 * 100, 65535)):
+        deep = Image.fromarray(np.full((5, 6), level, np.uint16))
+        deep.save(pictures / "train" / "ant" / f"{number}.png")
+    data = imagefolder(str(pictures), grey=grey, mean=[0.0], std=[1.0])
+    levels = (data.train.x[data.train.y == 0, 0, 0, 0] * 255).round().int().tolist()
+    assert levels == [0, 100, 255]
+
+
+def test_a_cache_that_cannot_be_written_is_told(pictures, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(UserError, match=r"data\.cache=.*: No space left"):
+        imagefolder(str(pictures), cache=str(pictures / "kept.npz"))
+    assert not list(pictures.glob(".*"))
+
+
 def test_a_nodes_own_pictures_are_known_by_the_names_of_their_classes(pictures):
     """Nodes need not have the same classes, and their pictures not the run's size."""
     given = ["data=described", "data.shape=[1,8,8]", "data.classes=3"]
@@ -349,6 +370,15 @@ def test_a_nodes_own_pictures_are_known_by_the_names_of_their_classes(pictures):
         with pytest.raises(UserError) as caught:
             local_samples(str(pictures), "y", tuple(other))
         one_line(caught, *words)
+
+
+def test_a_nodes_own_data_are_of_the_runs_kind(pictures, tmp_path):
+    with pytest.raises(UserError, match="pictures go with data=imagefolder"):
+        local_samples(str(pictures), "y", ("data=digits",))
+    file, x = tmp_path / "own.npz", np.zeros((30, 1, 8, 8), np.float32)
+    np.savez(file, x=x, y=np.arange(30) % 10 + 0.0)
+    with pytest.raises(UserError, match="y are numbers where the run has classes"):
+        local_samples(str(file), "y", ("data=digits",))
 
 
 def test_a_nodes_own_numbers_are_scaled_as_the_runs(tmp_path):

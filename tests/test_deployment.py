@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -91,6 +92,27 @@ def test_a_certificate_is_renewed_with_its_key_or_not_at_all(
     assert x509.load_pem_x509_certificate(new[0]).public_key() == key.public_key()
 
 
+def test_a_certificate_does_not_outlive_who_signs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(name: str) -> datetime:
+        file = tmp_path / name
+        return x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc
+
+    given = ["credentials", str(tmp_path), "--hosts", "a.org"]
+    monkeypatch.setattr(sys, "argv", [*given, "--days", "90", "--nodes", "1"])
+    credentials.main()
+    assert (ends("ca.crt") - ends("server.pem")).days > 3000
+    # Again, for another node: those that are there keep their keys.
+    key = (tmp_path / "node-1").read_bytes()
+    monkeypatch.setattr(sys, "argv", [*given, "--nodes", "2"])
+    credentials.main()
+    assert (tmp_path / "node-1").read_bytes() == key and (tmp_path / "node-2").exists()
+    assert (ends("server.pem") - datetime.now(UTC)).days > 800
+    with pytest.raises(UserError, match=r"days=4000: .*ca\.crt.* ends in 36\d\d days"):
+        credentials.server(tmp_path, ["a.org"], 4000)
+
+
 def test_an_authority_is_whole_or_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +146,8 @@ def test_a_deployments_settings_are_those_of_its_nodes() -> None:
     config = load(settings(["nodes=4"]))
     assert (config.clients, config.clients_per_round) == (4, 4)
     assert hosting(config) == [[0], [1], [2], [3]]
+    config = load(settings(["nodes=8", "min_replies=8"]))
+    assert (config.clients_per_round, config.min_replies) == (8, 8)
     config = load(settings(["nodes=2", "clients=5", "clients_per_round=2"]))
     assert hosting(config) == [[0, 2, 4], [1, 3]]
     config = load(["deployment=own_data", "data.shape=[64]", "data.classes=10"])

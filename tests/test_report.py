@@ -83,6 +83,13 @@ def test_seeds_of_an_algorithm_that_draws_are_one_group(tmp_path):
     }
 
 
+def test_a_run_without_settings_is_beside_others(tmp_path):
+    write(tmp_path / "bare", {}, [0.1])
+    (tmp_path / "bare" / "config.yaml").unlink()
+    write(tmp_path / "full", settings() | {"data": {"seed": 0}}, [0.1, 0.2])
+    assert len(report.group(report.load([tmp_path]))) == 2
+
+
 def test_a_run_is_read_once_and_in_natural_order(runs):
     write(runs / "dyn-10", settings(alpha=0.1, seed=10), [0.1])
     loaded = report.load([runs, runs / "avg"])

@@ -201,6 +201,9 @@ def test_labels(make, clients, classes):
     run = make()
     counts = np.arange(clients * classes).reshape(clients, classes)
     run.labels(counts, [f"class {c}" for c in range(classes)])
+    # A formula that is none is not drawn as one, and a name is not left out.
+    run.labels(counts, [f"_a$_${c}" for c in range(classes)])
+    run.labels(counts, [f"class {c}" for c in range(classes)])
     with open(run.path / "labels.csv") as file:
         header, *rows = csv.reader(file)
     assert header[:2] == ["client", "class 0"]

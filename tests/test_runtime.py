@@ -365,6 +365,15 @@ def test_patience_of_a_resumed_run_is_that_of_an_undisturbed_one(
     assert resumed.summary["rounds"] == 3
 
 
+def test_a_run_that_had_stopped_when_it_died_does_not_go_on(run: Door) -> None:
+    given = ("rounds=50", "stop.patience=2", "stop.least=0.9", "checkpoint_every=1")
+    done = run(*given)
+    (done.path / "summary.json").unlink()  # what it writes last
+    resumed = run(*given, f"resume={done.path}")
+    equal(resumed, done)
+    assert resumed.summary["status"] == "stopped"
+
+
 def test_what_nobody_judges_ends_no_run(run: Door) -> None:
     nowhere = ("data=described", "data.shape=[1,8,8]", "data.classes=10")
     with pytest.raises(UserError, match=r"stop\.patience: .*no samples to judge"):
@@ -517,6 +526,35 @@ def test_other_settings_cannot_be_resumed(run: Door, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="other settings"):
             run(*given, f"resume={tmp_path}/runs/half", other)
     assert sorted(p.name for p in (tmp_path / "runs").rglob("*")) == before
+
+
+def test_what_is_left_out_of_a_mapping_is_another_setting(
+    run: Door, tmp_path: Path
+) -> None:
+    given = ("strategy=pushsum", "topology=complete", "clients_per_round=6")
+    given = (*given, "rounds=4", "checkpoint_every=1")
+    with pytest.raises(Killed):
+        run(*given, "name=half", "faults.crash={3: 2, 5: 4}", callbacks=[die(2)])
+    with pytest.raises(UserError, match="other settings"):
+        run(*given, f"resume={tmp_path}/runs/half", "faults.crash={3: 2}")
+
+
+def test_other_samples_cannot_be_resumed(run: Door, tmp_path: Path) -> None:
+    """Settings name a file; what is in it decides."""
+    y = np.arange(60) % 3
+    for name, level in (("one", 0.0), ("two", 1.0)):
+        np.savez(tmp_path / f"{name}.npz", x=np.full((60, 4), level, np.float32), y=y)
+    given = ("data=npz", "rounds=3", "checkpoint_every=1")
+    with pytest.raises(Killed):
+        run(*given, f"data.path={tmp_path}/one.npz", "name=half", callbacks=[die(2)])
+    (tmp_path / "one.npz").rename(tmp_path / "moved.npz")
+    other = (*given, f"data.path={tmp_path}/two.npz")
+    with pytest.raises(UserError, match="other samples than data=npz has now"):
+        run(*other, f"resume={tmp_path}/runs/half")
+    with pytest.raises(UserError, match="no unfinished run of these settings"):
+        run(*other, "resume=auto")
+    moved = run(*given, f"data.path={tmp_path}/moved.npz", "resume=auto")
+    assert moved.path == tmp_path / "runs" / "half"
 
 
 def test_without_a_checkpoint_there_is_nothing_to_resume(

@@ -231,6 +231,8 @@ def test_a_failing_variant_is_listed_and_the_rest_go_on(small, monkeypatch, caps
 
 def test_other_settings_are_another_study(small):
     assert small().folder == small("device=cpu", "threads=2").folder
+    here, there = (plan("mnist", "quick", 1, [f"data.root={r}"]) for r in "ab")
+    assert here.folder != there.folder and here.extra == there.extra == ()
     assert small().folder != small("local.batch=20").folder
 
 
