@@ -85,12 +85,12 @@ def derive(message: Message, context: Context) -> Message:
 
 @app.query("memories")
 def tell_memories(message: Message, context: Context) -> Message:
-    """Tell the sum of what the named clients remember."""
+    """Tell the sum of what the named clients remember, and who does not any more."""
     node = Node(context)
     run, order = node.trainer(), message.content.config_records["order"]
     theta, _ = run.objective.initial()
-    sums, found = remembered(node, run, theta.cpu(), order, context)
-    report = MetricRecord({"clients": found})
+    sums, found, lost = remembered(node, run, theta.cpu(), order, context)
+    report = MetricRecord({"clients": found, "lost": lost})
     return Message(RecordDict({"sums": pack(sums), "report": report}), reply_to=message)
 
 

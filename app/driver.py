@@ -99,9 +99,14 @@ def network(config: Config, gossip: Gossip) -> Network:
 
 
 def _connects(network: Network, rounds: int) -> bool:
-    """Return whether some rounds connect all clients, or nobody ever means to send."""
+    """Return whether some rounds connect all clients, or nobody ever means to send.
+
+    All are there from the last round in which one joins.
+    """
+    joins = (network.faults.join or {}).values()
+    last = max((round_ - 1 for round_ in joins if round_ <= rounds), default=0)
     watch, sent = Window(network.n), False
-    for t in range(rounds):
+    for t in range(last, last + rounds):
         sent = sent or len(network.edges(t)) > 0
         watch.see(network.at(t), network.faults.present(t, network.n))
         if watch.longest is not None:

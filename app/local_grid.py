@@ -215,7 +215,9 @@ class LocalGrid(Grid):
         return context.node_id
 
     def remove_node(self, node: int) -> None:
-        """Let a node leave."""
+        """Let a node leave; without worker processes only."""
+        if self._workers:
+            raise ValueError("a node can leave a grid without worker processes only")
         del self._contexts[node]
 
     def set_run(self, run: Run) -> None:

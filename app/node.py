@@ -158,7 +158,9 @@ def train_all(
     engine = choose(node.config.engine, run.objective, len(jobs), device)
     rows: list[list[float]] = []
     metrics = [] if run.privacy.silent else list(run.optimizer.metrics)
-    for trained in _safely(run, down, jobs, round_ - since, engine, faults):
+    results = _safely(run, down, jobs, round_ - since, engine, faults)
+    for used, trained in results:
+        engine = used
         bad, losses, good = trained.faults(), trained.losses.tolist(), []
         seconds = trained.seconds / len(trained.clients)
         told = [trained.told[name].tolist() for name in metrics]
@@ -201,12 +203,12 @@ def train_all(
 
 def remembered(
     node: Node, run: Trainer, theta: Tensor, order: ConfigRecord, context: Context
-) -> tuple[Vectors, list[int]]:
-    """Return the sum of what the algorithm keeps at the named clients, and whose it is."""
+) -> tuple[Vectors, list[int], list[int]]:
+    """Return the sum of what the algorithm keeps at clients, whose it is, and who has lost it."""
     store = node.store(context, order)
     fresh, mine = run.fresh(theta), run.algorithm.fresh(theta)
     sums = {n: torch.zeros(len(v), dtype=torch.float64) for n, v in mine.items()}
-    found = []
+    found, lost = [], []
     pairs = zip(
         cast(list[int], order["clients"]),
         cast(list[int], order["versions"]),
@@ -217,10 +219,11 @@ def remembered(
             memory = recall(store, k, version, fresh)
         except Lost as error:
             log(WARNING, "client %s: %s", k, error)
+            lost.append(k)
             continue
         sums = {n: v + memory[n].to("cpu", torch.float64) for n, v in sums.items()}
         found.append(k)
-    return sums, found
+    return sums, found, lost
 
 
 def _safely(
@@ -230,11 +233,15 @@ def _safely(
     round_: int,
     engine: str,
     faults: dict[str, Any],
-) -> Iterator[Trained]:
-    """Train, and find out who is at fault if it raises: one must not cost the others theirs."""
+) -> Iterator[tuple[str, Trained]]:
+    """Train, and find out who is at fault if it raises: one must not cost the others theirs.
+
+    With each result comes the engine that it is from.
+    """
     try:
         if engine == "vmap":
-            yield from list(train(run, down, jobs, round_, engine))
+            whole = list(train(run, down, jobs, round_, engine))
+            yield from ((engine, trained) for trained in whole)
             return
     except Exception as error:
         log(
@@ -244,7 +251,8 @@ def _safely(
         )
     for job in jobs:
         try:
-            yield from list(train(run, down, [job], round_))
+            alone = list(train(run, down, [job], round_))
+            yield from (("loop", trained) for trained in alone)
         except Exception as error:
             faults[str(job.client.id)] = brief(error)
 

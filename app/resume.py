@@ -18,6 +18,7 @@ from app.errors import UserError
 from app.outer import Outer
 from app.records import plain, read_summary
 from app.report import flat
+from app.rounds import Rounds
 from app.rundir import ENVIRONMENT, RunDir
 from strategies.federation import Federation
 from strategies.relay import Relay
@@ -137,7 +138,11 @@ def _finished(path: Path) -> bool:
 
 
 def stand(
-    path: Path, federation: Federation | Relay, outer: Outer | None, config: Config
+    path: Path,
+    federation: Federation | Relay,
+    rounds: Rounds,
+    outer: Outer | None,
+    config: Config,
 ) -> int:
     """Let a run stand where its newest checkpoint was written, and return that round.
 
@@ -155,6 +160,7 @@ def stand(
     checkpoint.cut(path / "checkpoints", round_)
     empty = torch.zeros(0, dtype=config.torch_dtype)
     federation.restore({"buffers": empty, **vectors}, rest)
+    rounds.lost = set(rest.get("to_begin_anew", []))
     if outer:
         outer.restore(rest["outer"], round_, path)
     federation.keep = checkpoint.oldest(path / "checkpoints")

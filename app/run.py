@@ -112,7 +112,7 @@ class Run:
             path
         )  # before the checkpoint is read: nobody may write a later one
         try:
-            round_ = stand(path, self.federation, self.outer, self.config)
+            round_ = stand(path, self.federation, self.rounds, self.outer, self.config)
             directory = RunDir.reopen(path, round_, lock, describe(self.config))
         except BaseException:
             lock.close()
@@ -296,6 +296,7 @@ class Run:
         if every and round_ % every == 0:
             vectors, rest = self.federation.state()
             rest |= {"outer": self.outer.state()} if self.outer else {}
+            rest |= {"to_begin_anew": sorted(self.rounds.lost)}
             folder = self.directory.path / "checkpoints"
             keep = self.config.checkpoint_keep
             self.directory.sync()

@@ -133,7 +133,10 @@ class Bilevel:
         return self._told
 
     def _clients(self) -> list[int]:
-        found = self.federation.roster.trainable()
+        attempt, least = 0, self.federation.min_replies
+        while len(found := self.federation.roster.trainable()) < least:
+            attempt += 1
+            self.again(attempt)
         relay = self._relay()
         self._count = relay.network.n if relay else len(found)
         return found

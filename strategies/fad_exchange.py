@@ -77,8 +77,17 @@ class Clients:
             object.__setattr__(self, "cohort", tuple(self.transport.clients()))
 
     def only(self, cohort: Iterable[int]) -> Clients:
-        """Return some of the clients, on the same ledger."""
-        return replace(self, cohort=tuple(sorted(cohort)))
+        """Return some of the clients, on the same ledger.
+
+        Raises
+        ------
+        ValueError
+            If it is nobody.
+        """
+        some = tuple(sorted(cohort))
+        if not some:
+            raise ValueError("only(): name at least one client")
+        return replace(self, cohort=some)
 
 
 @dataclass

@@ -182,9 +182,14 @@ def _down(question: Question) -> Iterator[tuple[str, Iterable[Tensor]]]:
 
 
 def _up(answer: Answer) -> Iterator[tuple[str, Iterable[Tensor]]]:
-    """Yield what an answer carries, by role."""
+    """Yield what an answer carries, by role; it is a message even without numbers.
+
+    Of one that was refused the numbers are not known.
+    """
     roles = {"y": "value", "t": "tangent", "j": "tangent", "g": "cotangent"}
     for first, role in roles.items():
         tensors = [s for n, s in answer.sums.items() if n.startswith(first)]
         if tensors:
             yield role, tensors
+    if not answer.sums and (answer.clients or answer.faults):
+        yield "value", ()

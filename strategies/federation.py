@@ -226,7 +226,7 @@ class Federation(Strategy):
                 probes, "the server's step is not finite"
             )
             for k in probes:
-                for told in ("train_loss", "steps", "gradients", "seconds"):
+                for told in ("train_loss", "steps", "gradients", "seconds", "metrics"):
                     self.round.rows[k].pop(told, None)
             return None
         self.server, self.buffers = server, buffers

@@ -95,5 +95,7 @@ class FedOpt(FedAvg):
             v = self.second * v + (1 - self.second) * square
         else:
             v = v - (1 - self.second) * square * torch.sign(v - square)
-        theta = theta + lr * push / (v.sqrt() + self.tau)
+        # Where v is zero so is its derivative here, whatever that of a root at zero.
+        root = torch.where(v == 0, v, torch.where(v == 0, 1, v).sqrt())
+        theta = theta + lr * push / (root + self.tau)
         return theta, (m if m is None else push, v)

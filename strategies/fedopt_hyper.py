@@ -150,7 +150,10 @@ class FedOptHyper(FedOpt):
         for name in self.tuned:
             after[name] = self._follow(name, server, mean["gradient"])
         if self.independent and not mean["share"][0]:
-            return after
+            # No step to judge: the last one has been judged now.
+            return after | {
+                f"d_{n}": torch.zeros_like(server["theta"]) for n in self.tuned
+            }
         theta, moments = self._model(after, mean["delta"])
         after |= {"theta": theta} | self.kept(moments)
         return after | self._derivatives(

@@ -22,6 +22,7 @@ from strategies.objective import Objective
 from strategies.optimizer import Optimizer
 from strategies.privacy import Privacy, Unprotected
 from strategies.randomness import permutations, uniforms
+from strategies.wire import largest
 
 
 @dataclass(frozen=True)
@@ -290,9 +291,18 @@ class Trained:
         """Say, by row, whose result must not be used, and why."""
         found: dict[int, str] = {}
         told = {name: numbers[:, None] for name, numbers in self.told.items()}
-        rows = {"loss": self.losses[:, None], **self.up, **told}
-        for name, matrix in rows.items():
-            fine = torch.isfinite(matrix).all(dim=1).tolist()
-            why = f"{name} is not finite (training diverged)"
+        stays = {**told, "loss": self.losses[:, None]}
+        checked = [(*of, math.inf) for of in (*stays.items(), *self.memory.items())]
+        for name, matrix in self.up.items():
+            # One that is too large to be sent would spoil its node's mean.
+            most = largest(matrix.dtype) / max(matrix.shape[1], 1) ** 0.5
+            checked += [(name, matrix, most), (name, matrix, math.inf)]
+        for name, matrix, most in checked:
+            if not matrix.shape[1]:
+                continue
+            low, high = matrix.aminmax(dim=1)
+            fine = ((low > -most) & (high < most)).tolist()  # NaN is in no bounds
+            word = "finite" if most == math.inf else f"below {most:.1e}"
+            why = f"{name} is not {word} (training diverged)"
             found |= {row: why for row, good in enumerate(fine) if not good}
         return found

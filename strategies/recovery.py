@@ -6,7 +6,8 @@ sum of what they remember, each client in the version that the ledger names; the
 from it, with nothing for the client that has lost. After that the client is one that never took
 part, and server and memories agree exactly.
 
-Until every other client has answered, the one that lost sits out.
+Whoever turns out to have lost its memory when it is asked begins anew with them: one disk may have
+held those of many. Until every other client has answered, the one that lost sits out.
 """
 
 from __future__ import annotations
@@ -50,26 +51,29 @@ def begin_anew(
     since = federation.since  # what was remembered before counts no more
     ledger = {k: v for k, v in federation.ledger.items() if v > since}
     hypers = federation.hyper or {}
-    gone = sorted((ledger.keys() | hypers.keys()) & set(lost))
+    gone = (ledger.keys() | hypers.keys()) & set(lost)
     server = isinstance(federation, Federation)  # a relay keeps no mean of memories
     if gone and server and federation.algorithm.mirror is not None:
         try:
-            sums = _sums(federation, sorted(ledger.keys() - set(gone)), exchange)
+            sums, others = _sums(federation, sorted(ledger.keys() - gone), exchange)
         except Refused as error:
-            log(WARNING, "clients %s cannot begin anew yet: %s", gone, error)
+            log(WARNING, "clients %s cannot begin anew yet: %s", sorted(gone), error)
             return []
-        seen, total = len(ledger.keys() - set(gone)), federation.roster.clients
+        gone |= others
+        seen, total = len(ledger.keys() - gone), federation.roster.clients
         algorithm = cast(Mirrored, federation.algorithm)
         federation.server = algorithm.recount(federation.server, sums, seen, total)
     for k in gone:
         federation.ledger.pop(k, None)
         hypers.pop(k, None)
         federation.probes.pop(k, None)
-    return gone
+    return sorted(gone)
 
 
-def _sums(federation: Federation, clients: list[int], exchange: Exchange) -> Vectors:
-    """Return the sum over clients of each of their memory vectors.
+def _sums(
+    federation: Federation, clients: list[int], exchange: Exchange
+) -> tuple[Vectors, set[int]]:
+    """Return the sum over clients of each of their memory vectors, and who has lost its own.
 
     Raises
     ------
@@ -80,36 +84,38 @@ def _sums(federation: Federation, clients: list[int], exchange: Exchange) -> Vec
     away = [k for k in clients if k not in roster.hosts]
     if away:
         raise Refused(f"clients {away} are not there"[:300])
-    messages, first = [], {}
+    messages, asked = [], dict[int, list[int]]()
     for node in sorted({roster.hosts[k] for k in clients}):
         mine = [k for k in clients if roster.hosts[k] == node]
-        first[node] = mine[0]
+        asked[node] = mine
         order = {"clients": mine, "versions": [federation.ledger[k] for k in mine]}
         content = RecordDict({"order": ConfigRecord({**order, **federation.place()})})
         messages.append(Message(content, node, MEMORIES))
     fresh = federation.algorithm.fresh(theta)
     sizes = {name: len(vector) for name, vector in fresh.items()}
     sums = {n: torch.zeros(len(v), dtype=torch.float64) for n, v in fresh.items()}
-    told: list[int] = []
+    lost = set[int]()
     replies = exchange(messages)
     # By clients, not by the nodes' random ids: the sum has the same bits in every run.
-    for reply in sorted(replies, key=lambda r: first.get(r.metadata.src_node_id, -1)):
+    for reply in sorted(replies, key=lambda r: asked.get(r.metadata.src_node_id, [])):
+        mine = asked.pop(reply.metadata.src_node_id, [])
         if reply.has_error():
             raise Refused(cause(reply))
         report = reply.content.metric_records.get("report")
         if report is None:
             raise Refused("no report")
-        named = ids(report, "clients")
+        named, gone = ids(report, "clients"), ids(report, "lost")
+        if sorted([*named, *gone]) != mine:
+            raise Refused(f"answers for clients {sorted([*named, *gone])}"[:300])
         record = reply.content.array_records.get("sums", ArrayRecord())
         part = unpack(record, sizes, torch.float64)
         limit(part)
         _audit(federation, part, named)
         sums = {n: v + part[n] for n, v in sums.items()}
-        told += named
-    if sorted(told) != clients:
-        missing = sorted(set(clients) - set(told))
+        lost |= set(gone)
+    if missing := sorted(k for mine in asked.values() for k in mine):
         raise Refused(f"clients {missing} did not tell what they remember"[:300])
-    return {n: v.to(theta.dtype) for n, v in sums.items()}
+    return {n: v.to(theta.dtype) for n, v in sums.items()}, lost
 
 
 def _audit(federation: Federation, sums: Vectors, clients: list[int]) -> None:

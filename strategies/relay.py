@@ -94,6 +94,7 @@ class Relay(Strategy):
         self.watch = Watch(network, algorithm.tau)
         self._asked: dict[int, tuple[list[int], list[int]]] = {}
         self._told: dict[str, Any] = {}
+        self._wanted = 0
 
     def _begin(self) -> None:
         """Give every client that is there from the start the model, in its weight."""
@@ -119,11 +120,17 @@ class Relay(Strategy):
             self.links = self.network.at(t)
             if self.algorithm.mixes_first:
                 self._mix(server_round)
-        drawn = self.roster.draw(server_round, self.per_round)
-        training = [k for k in drawn if self.links.awake[k] and self._has_mass(k)]
-        if not self.algorithm.trains(server_round - self.since):
-            training = []
         late = self.network.faults.late(self.network.seed, t, self.network.n)
+        trains = self.algorithm.trains(server_round - self.since)
+
+        def able(drawn: list[int]) -> list[int]:
+            awake = self.links.awake
+            return [k for k in drawn if trains and awake[k] and self._has_mass(k)]
+
+        training = able(self.roster.draw(server_round, self.per_round))
+        # Whom the round would have, were all nodes there: a node that is gone lowers no minimum.
+        whole = able(self.roster.ranks(server_round)[: self.per_round])
+        self._wanted = sum(not late[k] for k in whole)
         why = "its reply came too late (faults.straggle)"
         self.round.failed |= {k: why for k in training if late[k]}
         due = self.evaluate_every and t % self.evaluate_every == 0
@@ -184,9 +191,8 @@ class Relay(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Take in the differences that can be accepted, and mix."""
-        wanted = sum(len(train) for train, _ in self._asked.values())
         found = [reply for reply in self._accepted(replies) if reply.trained]
-        if sum(len(r.trained) for r in found) < min(self.min_replies, wanted):
+        if sum(len(r.trained) for r in found) < min(self.min_replies, self._wanted):
             self.round.short = True
             self.round.enter_failed(self.roster)
             return None, None
@@ -218,7 +224,10 @@ class Relay(Strategy):
         change = reply.up["delta"].view(len(rows), -1)
         ledger.admit(rows, self.weights, self.algorithm.weight, self.roster)
         weight = torch.from_numpy(self.weights[rows]).to(change.dtype)
-        change = self.algorithm.scaled(change * weight[:, None])
+        change = change * weight[:, None]
+        size = len(self.server["theta"])
+        # The server's rate is the model's; buffers are averaged as they are.
+        change[:, :size] = self.algorithm.scaled(change[:, :size])
         self.algorithm.take(self.carried, self.kept, rows, change.numpy())
         self.round.accepted += reply.trained
         self.ledger |= dict.fromkeys(reply.trained, self.round.number)

@@ -117,6 +117,7 @@ class Roster:
                 self._claims[node] = self._hosted(reply)
                 self.faults.pop(node, None)
                 report = reply.content.metric_records["hosted"]
+                self._free.discard(node)
                 if report.get("bound") == 0:
                     self._free.add(node)
             except Refused as error:
@@ -211,9 +212,14 @@ class Roster:
         The draw ranks all m clients and takes the first that are there: a client that is missing
         does not change who else is drawn.
         """
-        random = generator(self.seed, "cohort", server_round)
-        ranks = torch.randperm(self.clients, generator=random).tolist()
+        ranks = self.ranks(server_round)
         return sorted([k for k in ranks if k in self.hosts][:size])
+
+    def ranks(self, server_round: int) -> list[int]:
+        """Return all m clients in the order in which a round wants them."""
+        random = generator(self.seed, "cohort", server_round)
+        found: list[int] = torch.randperm(self.clients, generator=random).tolist()
+        return found
 
 
 def versions_of(

@@ -10,7 +10,8 @@ w_i, and sending z_i with a weight of one would forget the network's bias; both 
 a network with uneven degrees. The price: z_i moves by dz_i / w_i, so local steps must be small
 where some w_i is.
 
-With a constant learning rate the clients keep a spread of its order; a complete network is FedAvg
+With a constant learning rate the clients keep a spread of its order; a complete network of
+clients that all train is FedAvg
 and one without arcs is local training. ``train_rounds`` ends training, not mixing, after so many
 rounds: with 1, the clients average the models that each trained alone (ratio consensus).
 """

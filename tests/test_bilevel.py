@@ -22,6 +22,7 @@ from app.host import Samples
 from app.hypers import own_of
 from app.judging import WORST
 from app.local_grid import LocalGrid
+from app.rounds import Rounds
 from app.run import Run
 from strategies import bilevel
 from strategies.bilevel import Bilevel
@@ -770,6 +771,23 @@ def test_an_exchange_that_nobody_answers_ends_the_run(
     monkeypatch.setattr(outer, "exchange", losing(*["1.start.0"] * 2))
     with pytest.raises(UserError, match="min_replies=6 replies to its outer step in 2"):
         run(*GIVEN, "strategy=fedavg", "min_replies=6", "attempts=2", "rounds=2")
+
+
+def test_a_node_that_goes_before_a_step_is_waited_for(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, take = Kept(), Rounds.take
+
+    def taken(rounds: Rounds, grid: Any, round_: int) -> Any:
+        found = take(rounds, grid, round_)
+        if round_ == 1:
+            grid.remove_node(list(grid.get_node_ids())[1])
+        return found
+
+    monkeypatch.setattr(Rounds, "take", taken)
+    given = (*GIVEN, "strategy=fedavg", "min_replies=6", "attempts=2", "rounds=2")
+    with pytest.raises(UserError, match="min_replies=6 replies to its outer step in 2"):
+        run(*given, "deadline=0.2", grid=kept)
 
 
 def test_what_is_lost_begins_anew(run: Door) -> None:

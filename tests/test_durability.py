@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Result
+from conftest import Result, grid_of
 from flwr.app import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -356,6 +356,60 @@ def test_who_lost_its_memory_does_not_end_a_run_that_needs_all(
     assert [r.get("reset") for r in result.records[1:]] == [None, None, [2], None, None]
     assert result.records[3]["attempts"] == 2
     assert all(r["clients"]["cohort"] == list(range(6)) for r in result.records[1:])
+
+
+@pytest.mark.parametrize("least", [0, 3])
+@pytest.mark.parametrize("strategy", ["feddyn", "scaffold"])
+def test_a_nodes_whole_memory_begins_anew_at_once(
+    run: Door, strategy: str, least: int
+) -> None:
+    """One disk holds the memories of many, and not all of them are in the next cohort."""
+    grids: list[LocalGrid] = []
+
+    def make(overrides: Sequence[str]) -> LocalGrid:
+        grids.append(grid_of(overrides, 2))
+        return grids[-1]
+
+    def forget(record: Any) -> tuple[bool, dict[str, float]]:
+        if record["round"] == 8:
+            context = list(grids[0]._contexts.values())[1]
+            for key in list(context.state):
+                del context.state[key]
+        return False, {}
+
+    given = ["clients=12", "clients_per_round=3", "rounds=12", "dtype=float64"]
+    given += [f"strategy={strategy}", f"min_replies={least}", "partition=dirichlet"]
+    result = run(*given, grid=make, callbacks=[forget])
+    taken = {k for r in result.records[1:9] for k in r["clients"]["cohort"]}
+    anew = [r.get("reset", []) for r in result.records[1:]]
+    assert sorted(k for of in anew for k in of) == [k for k in sorted(taken) if k % 2]
+    assert len([of for of in anew if of]) == 1, "all of them at once"
+    assert all(not r["clients"]["failed"] for r in result.records[11:])
+    assert result.records[-1]["checks"]["memory_gap"] < 1e-9
+
+
+def test_who_was_about_to_begin_anew_does_so_after_a_resume(
+    run: Door, tmp_path: Path
+) -> None:
+    given = (*EACH, "checkpoint_every=1", "partition=dirichlet")
+
+    def make(name: str) -> Callable[[Sequence[str]], LocalGrid]:
+        return lambda overrides: Disks(overrides, tmp_path / name, wipe)
+
+    def die(record: Any) -> tuple[bool, dict[str, float]]:
+        if record["round"] == 4:
+            raise RuntimeError("killed")
+        return False, {}
+
+    whole = run(*given, grid=make("whole"))
+    assert whole.records[4]["reset"] == [2]
+    with pytest.raises(RuntimeError, match="killed"):
+        run(*given, "name=half", grid=make("half"), callbacks=[die])
+    resumed = run(*given, f"resume={tmp_path}/runs/half", grid=make("half"))
+    assert [r.get("reset") for r in resumed.records] == [
+        r.get("reset") for r in whole.records
+    ]
+    assert torch.equal(resumed.theta, whole.theta)
 
 
 def test_a_disk_that_does_not_read_is_no_lost_memory(

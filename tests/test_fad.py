@@ -436,6 +436,20 @@ def test_a_node_with_one_client_is_told_by_the_audit() -> None:
     assert over.ledger.audit().alone == 1
 
 
+def test_an_answer_without_numbers_is_a_message() -> None:
+    over = clients(nodes=2)
+    values = fad.broadcast(vector(1, 2), over)  # of a length that fits no client
+    with pytest.raises(fad.Dropped, match="nobody answered"):
+        fad.federated_sum(fad.federated_map("residual", values))
+    audit = over.ledger.audit()
+    assert (audit.down, audit.up, audit.bytes_up) == (2, 2, 0)
+
+
+def test_a_cohort_is_somebody() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        clients().only([])
+
+
 def test_an_output_that_nobody_uses_costs_no_message() -> None:
     over, x = clients(), INPUTS[0].clone().requires_grad_()
     fad.federated_sum(fad.broadcast(x, over))

@@ -217,8 +217,8 @@ FAULTS: dict[str, tuple[Tamper, str]] = {
     "wrong client": (with_report(trained=[4]), "answers for clients"),
     "no client": (with_report(trained=[]), "answers for clients"),
     "client twice": (with_report(trained=[2, 2]), "answers for clients"),
-    "client as a float": (with_report(trained=[2.0]), ""),
-    "clients missing": (with_report(trained=None), ""),
+    "client as a float": (with_report(trained=[2.0]), "trained"),
+    "clients missing": (with_report(trained=None), "trained"),
     "other samples": (with_report(samples=[10**6]), "samples differ"),
     "samples missing": (with_report(samples=None), "samples"),
     "loss is NaN": (with_report(train_loss=[math.nan]), "train_loss"),
@@ -420,18 +420,25 @@ def broken(
             left.discard((client, version))
         if how == "raises":
             raise RuntimeError("no more\nmemory")
-        return {n: torch.full_like(v, math.nan) for n, v in memory.items()}
+        value = 1e21 if how == "grows" else math.nan
+        return {n: torch.full_like(v, value) for n, v in memory.items()}
 
     monkeypatch.setattr(app.node, "recall", recall)
 
 
 @pytest.mark.parametrize(
-    ("how", "why"), [("raises", "RuntimeError: no more"), ("diverges", "not finite")]
+    ("how", "why"),
+    [
+        ("raises", "RuntimeError: no more"),
+        ("diverges", "not finite"),
+        ("grows", "delta is not below"),
+    ],
 )
 def test_a_client_that_fails_does_not_cost_its_node(
     run: Door, monkeypatch: pytest.MonkeyPatch, how: str, why: str
 ) -> None:
-    given = ("nodes=2", "clients_per_round=6")
+    # One step: a second one would not be finite.
+    given = ("nodes=2", "clients_per_round=6", f"local.steps={int(how == 'grows')}")
     broken(monkeypatch, {(2, 1), (5, 1)}, how)
     result = run(*given)
     failed = result.records[2]["clients"]["failed"]

@@ -222,10 +222,22 @@ def test_nobody_who_steps_means_no_step(optimizer: str) -> None:
     server = algorithm.update(algorithm.start(vector(0, 0)), both, Cohort(4, 4, 0))
     none = {"delta": vector(0, 0), "gradient": vector(-2, 2), "share": vector(0, 1)}
     after = algorithm.update(server, none, Cohort(4, 4, 0))
-    same = server.keys() - {"round", *algorithm.tuned}
+    judged = {f"d_{name}" for name in algorithm.tuned}
+    same = server.keys() - {"round", *algorithm.tuned, *judged}
     assert all(torch.equal(after[name], server[name]) for name in same)
     assert not torch.equal(after["server_lr"], server["server_lr"])  # it is judged
     assert float(after["round"]) == float(server["round"]) + 1
+    # Once: another round without a step says no more of the last one.
+    again = algorithm.update(after, none, Cohort(4, 4, 0))
+    assert all(torch.equal(again[n], after[n]) for n in algorithm.tuned)
+
+
+def test_a_coordinate_that_never_moves_has_a_derivative() -> None:
+    """As the weights of a pixel that is always black."""
+    algorithm = FedOptHyper(optimizer="adam", client_lr=True, second=0.0)
+    mean = {"delta": vector(0, 2), "gradient": vector(0, 1), "slope": vector(0, 1)}
+    after = algorithm.update(algorithm.start(vector(0, 0)), mean, Cohort(4, 4, 0))
+    assert all(bool(torch.isfinite(v).all()) for v in after.values())
 
 
 # The clients' learning rate.

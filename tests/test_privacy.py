@@ -131,8 +131,9 @@ def test_a_run_with_little_noise_learns(run: Door, given: tuple[str, ...]) -> No
         little = ["privacy.clipping_norm=1e-3", "privacy.epsilon=1"]
     result = run(*given, *little, *ALL, "rounds=4")
     assert result.summary["failures"] == 0
-    if given[0] == "privacy=central":
-        assert result.records[-1]["loss"] < result.records[0]["loss"]
+    first, last = (result.records[i]["loss"] for i in (0, -1))
+    # Noise that epsilon <= 1 asks for leaves no direction, but a step.
+    assert last < first if given[0] == "privacy=central" else last != first
 
 
 def test_local_noise_is_in_the_memory_so_h_stays_the_mean(run: Door) -> None:

@@ -131,12 +131,17 @@ def test_engines_and_numbers_of_nodes_give_the_same_models(
     np.testing.assert_allclose(states[2], states[0], atol=1e-13)
 
 
-def test_the_relay_equals_push_sum_written_out(quadratics: Door) -> None:
+@pytest.mark.parametrize(
+    ("topology", "loss"), [("stochastic_directed", 0.3), ("self_loop", 0)]
+)
+def test_the_relay_equals_push_sum_written_out(
+    quadratics: Door, topology: str, loss: float
+) -> None:
     """Full-batch steps on quadratics: P (x + dz) with a dense matrix, client by client."""
-    given = ("strategy=pushsum", "topology=stochastic_directed", "rounds=5")
+    given = ("strategy=pushsum", f"topology={topology}", "rounds=5")
     kept: list[Any] = []
-    quadratics(*given, "optimizer.lr=0.05", "faults.loss=0.3", edit=held(kept))
-    network = Network(4, 0, kept[0].network.edges, faults=Faults(loss=0.3))
+    quadratics(*given, "optimizer.lr=0.05", f"faults.loss={loss}", edit=held(kept))
+    network = Network(4, 0, kept[0].network.edges, faults=Faults(loss=loss))
     x, w = np.tile(kept[0].carried["model"].mean() * 0, (4, 1)), np.ones(4)
     x += first_model(quadratics)
     for t in range(5):
@@ -530,6 +535,34 @@ def test_a_mistake_is_told_in_one_line(
     with pytest.raises(UserError, match=message) as caught:
         run(*given, "clients_per_round=6")
     assert "\n" not in str(caught.value)
+
+
+def test_who_joins_must_be_reached_too(run: Door, tmp_path: Path) -> None:
+    (tmp_path / "net.txt").write_text("0 1\n1 2\n2 3\n3 4\n4 0\n")
+    given = ("topology=file", f"topology.path={tmp_path}/net.txt", "rounds=6")
+    with pytest.raises(UserError, match="do not lead from every client"):
+        run(*ALL, *given, "faults.join={5: 3}")
+    # One who joins after the last round is not there.
+    run(*ALL, *given, "faults.join={5: 9}")
+
+
+@pytest.mark.parametrize("strategy", ["feddyn", "pushsum", "push_diging"])
+def test_a_node_that_is_gone_lowers_no_minimum(run: Door, strategy: str) -> None:
+    grids: list[LocalGrid] = []
+
+    def make(overrides: Any) -> LocalGrid:
+        grids.append(grid_of(overrides, 2))
+        return grids[-1]
+
+    def leave(record: dict[str, Any]) -> tuple[bool, dict[str, float]]:
+        if record["round"] == 1:
+            grids[0].remove_node(list(grids[0].get_node_ids())[1])
+        return False, {}
+
+    given = [f"strategy={strategy}", "clients_per_round=6", "attempts=2"]
+    given += [] if strategy == "feddyn" else ["topology=complete"]
+    with pytest.raises(UserError, match="round 2: fewer than min_replies=6"):
+        run(*given, "min_replies=6", "deadline=0.2", grid=make, callbacks=[leave])
 
 
 @pytest.mark.parametrize(
