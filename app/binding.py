@@ -131,5 +131,11 @@ def explain(error: ValidationError, prefix: str = "") -> str:
     parts = []
     for found in error.errors()[:3]:
         key = prefix + ".".join(str(p) for p in found["loc"] if isinstance(p, str))
-        parts.append(f"{key}={found['input']!r}: {found['msg']}")
+        if found["type"] == "missing":
+            parts.append(f"{key} has no value")
+            continue
+        what = found["msg"]
+        if key == "strategy.solver":
+            what = f"choose it by strategy@strategy.solver={found['input']}"
+        parts.append(f"{key}={found['input']!r}: {what}")
     return "; ".join(parts)

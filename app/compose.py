@@ -75,7 +75,8 @@ def compose(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
     for text, override in zip(overrides, parsed, strict=True):
         if override.is_sweep_override():
             raise UserError(
-                f"'{text}': several values are a sweep; add -m, or take ./run.sh sweep"
+                f"'{text}': several values are a sweep; add -m, or take ./run.sh sweep "
+                f"(a list is in brackets, text with commas in quotes)"
             )
         key, value = override.key_or_group, override.value()
         chosen = isinstance(value, str) or (key in PRESETS and value is None)
@@ -173,10 +174,16 @@ def _keys(config: Any, prefix: str = "") -> set[str]:
 
 
 def _near(key: str, known: set[str]) -> str:
-    """Suggest among the settings of the same section, or of the top."""
+    """Suggest settings of this name elsewhere, else those of the same section, or of the top."""
+    if there := sorted(k for k in known if k.endswith(f".{key}")):
+        return f"did you mean {' or '.join(there)}?"
     section = key.rpartition(".")[0]
     same = {k for k in known if k.rpartition(".")[0] == section}
-    return nearest(key, same or {k for k in known if "." not in k})
+    if section in GROUPS and not same:
+        return (
+            f"{section} as chosen has none; choose one of {', '.join(names(section))}"
+        )
+    return nearest(key, same or {k for k in known if "." not in k} - {"study"})
 
 
 def first_line(error: Exception) -> str:

@@ -24,6 +24,7 @@ from app.compose import PARTS, PRESETS, compose, first_line, names
 from app.errors import UserError, nearest
 from app.network_check import check_estimate, check_network
 from app.personal_check import check_personal
+from app.privacy_check import check_privacy
 from app.programs import known
 from strategies.engine import Choice
 from strategies.gossip import solver_of
@@ -219,16 +220,40 @@ def _check(config: Config) -> None:
         )
     if config.program is not None:
         known(config.program)
+    _check_judged(config)
     _check_alone(config)
     _check_optimizer(config)
     check_network(config)
-    bind("privacy", config.privacy)
+    check_privacy(config)
     check_estimate(config)
     check_personal(config)
     bind("data", config.data)
     bind("partition", config.partition, ("labels", "natural", "clients", "seed"))
     bind("shift", config.shift)
     bind("model", config.model, ("input_shape", "outputs", "vocabulary"))
+
+
+def _check_judged(config: Config) -> None:
+    """Raise UserError for what waits for an evaluation, or is kept for one, that never comes."""
+    stop = config.stop
+    for name in ("accuracy", "patience"):
+        if getattr(stop, name) is not None and not config.evaluate_every:
+            raise UserError(
+                f"stop.{name}: with evaluate_every=0 nothing is seen before the end"
+            )
+    if config.evaluate_clients != "none":
+        return
+    if config.holdout_clients:
+        raise UserError(
+            f"holdout_clients={config.holdout_clients}: they are there to evaluate, which "
+            "evaluate_clients=none leaves out"
+        )
+    others = (config.personal.name, config.estimate.name)
+    if config.client_validation and others == ("none", "none"):
+        raise UserError(
+            f"client_validation={config.client_validation}: nobody looks at these samples "
+            "with evaluate_clients=none"
+        )
 
 
 def _check_alone(config: Config) -> None:
@@ -257,6 +282,11 @@ def _check_optimizer(config: Config) -> None:
         raise UserError(
             f"optimizer={config.optimizer.name}: answers with a direction, which "
             f"strategy={config.strategy.name} does not ask for; use optimizer=sgd"
+        )
+    if optimizer.along and optimizer.along not in algorithm.needs:
+        raise UserError(
+            f"optimizer={config.optimizer.name}: carries a derivative that "
+            f"strategy={config.strategy.name} does not ask for as it is; use optimizer=sgd"
         )
     lacking = missing(algorithm, optimizer)
     if not lacking:

@@ -10,12 +10,11 @@ from app.binding import bind
 from app.config import Config
 from app.errors import UserError
 from app.local_grid import LocalGrid
+from app.privacy_check import check_privacy
 from strategies.federation import Federation
 from strategies.gossip import Gossip
-from strategies.individual import Rooted
 from strategies.local import Trainer
 from strategies.network import Network, Window
-from strategies.privacy import Unprotected
 from strategies.relay import Relay
 from strategies.topology import Edges
 
@@ -49,25 +48,12 @@ def strategy(config: Config, local: Trainer) -> Federation | Relay:
         "min_replies": config.min_replies,
     }
     built = bind("strategy", config.strategy)()
-    if why := _unsound(config, local, len(buffers), isinstance(built, Gossip)):
-        names = config.privacy.name, config.strategy.name
-        raise UserError(f"privacy={names[0]} with strategy={names[1]}: {why}")
+    check_privacy(config, len(buffers))
     if isinstance(built, Gossip):
         return Relay(built, network(config, built), theta, buffers, **common)
     common |= {"clients": config.clients, "holdout": config.holdout_clients}
     common["privacy"] = local.privacy
     return Federation(local.algorithm, theta, buffers, **common)
-
-
-def _unsound(config: Config, local: Trainer, buffers: int, gossip: bool) -> str:
-    """Say why the clients would not be protected as the settings promise."""
-    plain = isinstance(local.privacy, Unprotected)
-    if isinstance(local.algorithm, Rooted) and not plain:
-        return "its clients train more than what they send, and noise would enter both"
-    if gossip:
-        return "" if plain else "the relay of a network holds every client's own model"
-    evaluated = config.evaluate_clients != "none"
-    return local.privacy.unfit(local.algorithm, buffers, evaluated)
 
 
 def network(config: Config, gossip: Gossip) -> Network:
@@ -114,12 +100,26 @@ def _connects(network: Network, rounds: int) -> bool:
     return not sent
 
 
-def keeps_files(config: Config, grid: Grid) -> bool:
+def keeps_files(config: Config, grid: Grid, remembers: bool) -> bool:
     """Return whether clients' memories go to files, in a run's directory.
 
     A checkpoint without them is worth nothing; and Flower's simulation hands a node's whole
     context to and fro with each message, the memories of clients that rest included.
+
+    Raises
+    ------
+    UserError
+        If clients that remember something would lose it with this process, and a checkpoint is
+        kept for another.
     """
+    here = isinstance(grid, LocalGrid)
     if config.client_memory == "auto":
-        return config.checkpoint_every > 0 or not isinstance(grid, LocalGrid)
-    return config.client_memory == "directory"
+        return config.checkpoint_every > 0 or not here
+    if config.client_memory == "directory":
+        return True
+    if remembers and here and config.checkpoint_every:
+        raise UserError(
+            "client_memory=context: what clients remember ends with this process, so a "
+            "resumed run would not have it; use client_memory=directory or auto"
+        )
+    return False

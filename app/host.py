@@ -141,7 +141,8 @@ def _kept(config: Config, count: int, k: int) -> tuple[int, int]:
         if share and (not kept[name] or sum(kept.values()) >= count):
             raise UserError(
                 f"{name}={share}: client {k} has {count} samples, "
-                "too few to keep some for training and some for testing"
+                "too few to keep some for training and some for testing; take fewer clients, "
+                "or raise partition.minimum where there is one"
             )
     return kept["client_test"], kept["client_validation"]
 

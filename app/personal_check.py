@@ -18,7 +18,9 @@ from strategies.individual import (
     Surveying,
     Weighing,
 )
+from strategies.local import missing
 from strategies.personalize import Personalize
+from strategies.sgd import SGD
 
 if TYPE_CHECKING:
     from app.config import Config
@@ -53,6 +55,12 @@ def check_personal(config: Config) -> None:
             f"{what}: the vectors of an estimate are not protected; use privacy=none"
         )
     optimizer = bind("optimizer", config.optimizer)()
+    built = bind("strategy", config.strategy)()
+    if missing(solver_of(built), SGD()):
+        raise UserError(
+            f"{what}: strategy={config.strategy.name} needs an optimizer of its own; use "
+            "fedavg, fedprox, scaffold, feddyn or pushsum"
+        )
     if optimizer.curvature:
         raise UserError(
             f"{what}: optimizer={config.optimizer.name} estimates the curvature of the "
@@ -68,7 +76,6 @@ def check_personal(config: Config) -> None:
             f"{what}: the outer cost needs samples that clients do not train on; use "
             "client_validation=0.2, or personal.outer=train"
         )
-    built = bind("strategy", config.strategy)()
     for kind, does in ((OTHER, "gives clients models"), (Weighing, "weighs clients")):
         if isinstance(solver_of(built), kind):
             raise UserError(

@@ -86,20 +86,22 @@ def find_unfinished(config: Config, data: str) -> Path:
         except (OSError, ValueError, AttributeError):
             return data
 
-    def same(path: Path) -> bool:
+    def others(path: Path) -> list[str]:
         try:
             there = yaml.safe_load((path / "config.yaml").read_text())
         except (OSError, yaml.YAMLError):
-            return False
+            there = None
         if not isinstance(there, dict):
-            return False
+            return ["config.yaml cannot be read"]
         ours, theirs = settings(describe(config)), settings(there)
         # Of a mapping (faults.crash) also what is not there any more.
         mappings = {k.rpartition(".")[0] for k in ours if k.count(".") > 1}
         gone = {k for k in theirs.keys() - ours if k.rpartition(".")[0] in mappings}
-        return not gone and all(
-            theirs.get(k) == v for k, v in ours.items() if k not in FREE
-        )
+        return [
+            f"{k} is {theirs.get(k)} there and {ours.get(k)} here"
+            for k in sorted({*ours, *gone} - {*FREE})
+            if theirs.get(k) != ours.get(k)
+        ]
 
     if config.resume != "auto":
         path = Path(config.resume).expanduser().resolve()
@@ -107,10 +109,12 @@ def find_unfinished(config: Config, data: str) -> Path:
             raise UserError(
                 f"resume={config.resume}: no run directory (no config.yaml there)"
             )
-        if not same(path):
+        if found := others(path):
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise UserError(
-                f"resume={config.resume}: that run has other settings; give the same ones "
-                f"(only {', '.join(FREE)} and where and how it runs may change)"
+                f"resume={config.resume}: that run has other settings: "
+                f"{', '.join(found[:3])}{more} (only {', '.join(FREE)} and where and how it "
+                "runs may change)"
             )
         if began_with(path) != data:
             raise UserError(
@@ -121,7 +125,9 @@ def find_unfinished(config: Config, data: str) -> Path:
     base = Path(config.output_dir).expanduser().resolve()
     paths = [p.parent for p in base.glob("*/config.yaml")]
     open_ = [p for p in paths if checkpoint.oldest(p / "checkpoints")]
-    open_ = [p for p in open_ if not _finished(p) and same(p) and began_with(p) == data]
+    open_ = [
+        p for p in open_ if not _finished(p) and not others(p) and began_with(p) == data
+    ]
     if not open_:
         raise UserError(
             f"resume=auto: no unfinished run of these settings has a checkpoint in {base}"
@@ -154,9 +160,14 @@ def stand(
     found = checkpoint.newest(path / "checkpoints")
     if found is None:
         raise UserError(
-            f"resume={path}: no checkpoint there; run with checkpoint_every=N first"
+            f"resume={path}: no checkpoint there; run with checkpoint_every=N first, N at "
+            "most the number of rounds"
         )
     round_, vectors, rest = found
+    if round_ > config.rounds:
+        raise UserError(
+            f"resume={path}: that run has come to round {round_}, beyond rounds={config.rounds}"
+        )
     checkpoint.cut(path / "checkpoints", round_)
     empty = torch.zeros(0, dtype=config.torch_dtype)
     federation.restore({"buffers": empty, **vectors}, rest)

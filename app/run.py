@@ -87,6 +87,8 @@ class Run:
         self.federation = strategy(self.config, local)
         self.rounds = Rounds(self.federation, self.config, say)
         self.outer = outer(self.federation, self.config, say)
+        theta = self.federation.server["theta"]
+        self.remembers = bool(local.fresh(theta)) or self.outer is not None
         judged, classes = len(self.test.y), self.setting.dataset.classes
         self.callbacks = [*stops(self.config.stop, judged, classes), *callbacks]
         self.records: list[dict[str, Any]] = []
@@ -144,7 +146,7 @@ class Run:
 
     def _all(self, grid: Grid) -> dict[str, Any]:
         config, began = self.config, time.perf_counter()
-        if keeps_files(config, grid):
+        if keeps_files(config, grid, self.remembers):
             self.federation.state_dir = str(self.directory.path / "clients")
         self.say(f"run directory: {self.directory.path}")
         wait_for_clients(grid, self.federation.roster, config, self.say)
@@ -271,6 +273,8 @@ class Run:
         """Return what the clients measured in the end, and in the round that validation chose."""
         found = clients_block(list(self.federation.round.rows.values()))
         best = chosen(self.records, self.records[-1]["round"] + 1, found)
+        if found and isinstance(self.federation, Relay):
+            found["judge"] = self.federation.algorithm.judge
         return {**found, "chosen": best} if best else found
 
     def _ask_callbacks(self, record: dict[str, Any]) -> str:

@@ -41,6 +41,10 @@ def screen(summary: Mapping[str, Any], path: Path) -> str:
         lines.append(("time", f"{number('seconds', '.1f')} s"))
     if summary.get("failures"):
         lines.append(("failures", f"{summary['failures']} client rounds (clients.csv)"))
+    if summary.get("failures") and not summary.get("gradients"):
+        lines.append(
+            ("", "no client's training counted: see the errors in clients.csv")
+        )
     width = max(len(key) for key, _ in lines)
     return "\n".join(f"{key:<{width}}  {text}" for key, text in lines)
 
@@ -54,7 +58,9 @@ def _clients(told: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     lines = []
     if told.get("accuracy_mean") is not None:
-        lines.append(("clients", f"{pair(told)}, on their own samples"))
+        common = told.get("judge") == "test"
+        where = "the test set" if common else "their own samples"
+        lines.append(("clients", f"{pair(told)}, on {where}"))
     best = told.get("chosen") or {}
     if best.get("accuracy_mean") is not None:
         lines.append(("chosen", f"{pair(best)}, received in round {best['round']}"))

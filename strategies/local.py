@@ -22,7 +22,7 @@ from strategies.objective import Objective
 from strategies.optimizer import Optimizer
 from strategies.privacy import Privacy, Unprotected
 from strategies.randomness import permutations, uniforms
-from strategies.wire import largest
+from strategies.vector import largest
 
 
 @dataclass(frozen=True)

@@ -77,3 +77,12 @@ class Layout:
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Return the product of two vectors, the same bits wherever they lie in memory."""
     return (a * b).sum()
+
+
+def largest(dtype: torch.dtype) -> float:
+    """Return the largest norm that a vector of a reply may have: its square is still a number.
+
+    So no sum, mean or second moment of what was accepted overflows: who sends more than that
+    is refused alone, instead of spoiling the round for all.
+    """
+    return float(torch.finfo(dtype).max ** 0.5)

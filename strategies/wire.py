@@ -24,6 +24,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor
 
 from strategies.algorithm import Vectors
+from strategies.vector import largest
 
 #: Names of the vectors that FedAvg would send too; the others are an algorithm's own state.
 MODEL = frozenset({"theta", "delta", "buffers"})
@@ -123,15 +124,6 @@ def unpack(
         if not bool(torch.isfinite(vectors[name]).all()):
             raise Refused(f"{name} holds NaN or infinity")
     return vectors
-
-
-def largest(dtype: torch.dtype) -> float:
-    """Return the largest norm that a vector of a reply may have: its square is still a number.
-
-    So no sum, mean or second moment of what was accepted overflows: who sends more than that
-    is refused alone, instead of spoiling the round for all.
-    """
-    return float(torch.finfo(dtype).max ** 0.5)
 
 
 def limit(vectors: Vectors) -> None:

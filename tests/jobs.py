@@ -161,11 +161,12 @@ class Job:
         self.deployment.start_node(name)
 
     def until_training(self, name: str, patience: float = 300) -> None:
-        """Wait until a node is at work on a message, or the job has ended."""
-        home = f"FLWR_HOME={self.deployment.folder / name}"
+        """Wait until a node has been asked to train and has not answered, or the job has ended."""
+        log = self.deployment.log(name)
 
         def works() -> bool:
-            return any("flwr-clientapp" in c for c in marked(home).values())
+            living = log.read_text().rpartition("Starting Flower SuperNode")[2]
+            return living.count("Receiving: train") > living.count("Sending: train")
 
         self.until(lambda: self.ended() or works(), patience)
 

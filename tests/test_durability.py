@@ -29,6 +29,7 @@ from app.errors import UserError
 from app.local_grid import LocalGrid
 from app.run import Run
 from app.store import DirectoryStore, directory_of, recall, remember
+from strategies.recovery import MEMORIES
 
 Door = Callable[..., Result]
 EACH = ("nodes=6", "clients_per_round=6", "rounds=5", "dtype=float64")
@@ -477,12 +478,19 @@ def test_skip_leaves_it_out_and_fail_ends_the_run(run: Door, tmp_path: Path) -> 
 def test_optimizer_memories_begin_anew_without_asking(
     run: Door, tmp_path: Path
 ) -> None:
-    given = (*EACH, "strategy=fedavg", "optimizer=sophia")
-    try:
-        run("strategy=fedavg", "optimizer=sophia", "rounds=0")
-    except UserError:
-        given = (*EACH, "strategy=fedsophia")
-    result = run(*given, grid=lambda o: Disks(o, tmp_path / "disks", wipe))
+    kinds = set[str]()
+
+    class Heard(Disks):
+        def send_and_receive(
+            self, messages: Iterable[Message], *, timeout: float | None = None
+        ) -> Iterable[Message]:
+            sent = list(messages)
+            kinds.update(m.metadata.message_type for m in sent)
+            return super().send_and_receive(sent, timeout=timeout)
+
+    given = (*EACH, "strategy=fedsophia")
+    result = run(*given, grid=lambda o: Heard(o, tmp_path / "disks", wipe))
+    assert MEMORIES not in kinds and len(kinds) == 2
     assert [r.get("reset") for r in result.records[1:]] == [None, None, None, [2], None]
 
 

@@ -85,12 +85,16 @@ def flwr(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(120)
-def test_plain_flwr_run(home: Path, run: Run, tmp_path: Path) -> None:
+def test_plain_flwr_run_of_a_network(home: Path, run: Run, tmp_path: Path) -> None:
+    """Each client also has a second model, which only its node remembers, and is judged by it."""
     rest = [o for o in QUICK if o.startswith(("model.", "local."))]
+    network = ["topology=k_out", "faults.loss=0.2", "strategy.judge=own"]
+    network += ["strategy@strategy.solver=ditto", "optimizer.momentum=0.9"]
+    network += ["optimizer.moments=persist", "client_test=0.2", "client_validation=0.2"]
     ended = flwr(
         "--run-config",
-        "strategy='fedsophia' partition='iid' rounds=3 clients=6 clients_per_round=4 device='cpu' "
-        f"output_dir='{tmp_path}/plain' overrides='{' '.join(rest)}'",
+        "strategy='pushsum' partition='iid' rounds=3 clients=6 clients_per_round=6 device='cpu' "
+        f"output_dir='{tmp_path}/plain' overrides='{' '.join([*rest, *network])}'",
         "--federation-config",
         "num-supernodes=2",
     )
@@ -99,8 +103,9 @@ def test_plain_flwr_run(home: Path, run: Run, tmp_path: Path) -> None:
     summary = read_summary(path)
     assert summary is not None, ended.stdout
     assert f"run directory: {path}" in ended.stdout
-    # Its clients remember their moments, and count their steps.
-    ours = run("strategy=fedsophia", "rounds=3", "nodes=2", "clients_per_round=4")
+    ours = run(
+        "strategy=pushsum", *network, "rounds=3", "nodes=2", "clients_per_round=6"
+    )
     same(ours, found(path, summary))
 
 
@@ -115,21 +120,6 @@ def test_a_program_is_differentiated_over_flwr_run(home: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert printed(ended.stdout) == pytest.approx(centralized(GIVEN), abs=2e-12)
     assert "3 exchanges, 3 more for derivatives: 12 messages down" in ended.stdout
-
-
-def test_a_network_gives_the_local_runtimes_models(
-    home: Path, run: Run, tmp_path: Path
-) -> None:
-    """Each client also has a second model, which only its node remembers, and is judged by it."""
-    network = ["strategy=pushsum", "topology=k_out", "faults.loss=0.2"]
-    network += ["strategy@strategy.solver=ditto", "strategy.judge=own"]
-    network += ["client_test=0.2", "client_validation=0.2"]
-    given = [*QUICK, *network, "clients_per_round=6", "rounds=2"]
-    lines: list[str] = []
-    run_flower([*given, f"output_dir={tmp_path}/flower", "name=net"], lines.append)
-    summary = read_summary(tmp_path / "flower" / "net")
-    assert summary is not None, "\n".join(lines)
-    same(run(*given), found(tmp_path / "flower" / "net", summary))
 
 
 @pytest.mark.long

@@ -106,6 +106,8 @@ def test_without_links_each_client_trains_alone(run: Door) -> None:
     z = state.z()
     alone = run(*ALL, "topology=self_loop", "partition=dirichlet", "nodes=1")
     assert last(alone)["links"] == 0
+    assert any("worst decile, on the test set" in line for line in alone.lines)
+    assert alone.summary["clients"]["judge"] == "test"
     assert len(np.unique(z.round(12), axis=0)) == 6
     assert last(alone)["window"] is None
 

@@ -160,28 +160,45 @@ def test_reopening_what_is_no_run(tmp_path):
         RunDir.reopen(tmp_path / "none", 1)
 
 
+#: Another process, which tries to go on with a run for each line that it is sent.
+OTHER = """
+import sys
+from pathlib import Path
+from app.errors import UserError
+from app.rundir import RunDir
+for _ in sys.stdin:
+    try:
+        RunDir.reopen(Path(sys.argv[1]), 0).close()
+        print("reopened")
+    except UserError as error:
+        print(error)
+"""
+
+
 def test_one_process_is_at_a_run(make):
     run = make()
     run.round(record(0))
-    code = (
-        "import sys; from pathlib import Path; from app.rundir import RunDir; "
-        "RunDir.reopen(Path(sys.argv[1]), 0).close(); print('reopened')"
-    )
+    command = [sys.executable, "-u", "-c", OTHER, str(run.path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdin is not None and other.stdout is not None
 
-    def other() -> str:
-        command = [sys.executable, "-c", code, str(run.path)]
-        ended = subprocess.run(command, capture_output=True, text=True)
-        return ended.stdout + ended.stderr
+        def tries() -> str:
+            other.stdin.write("\n")
+            other.stdin.flush()
+            return other.stdout.readline()
 
-    assert "another process is at this run" in other()
-    assert len(read_rounds(run.path)) == 1
-    run.close()
-    assert "reopened" in other()
-    # A run that goes on with other settings is held as one that has just begun.
-    again = RunDir.reopen(run.path, 0, config={"rounds": 9})
-    assert "another process is at this run" in other()
-    again.close()
-    assert "reopened" in other()
+        assert "another process is at this run" in tries()
+        assert len(read_rounds(run.path)) == 1
+        run.close()
+        assert "reopened" in tries()
+        # A run that goes on with other settings is held as one that has just begun.
+        again = RunDir.reopen(run.path, 0, config={"rounds": 9})
+        assert "another process is at this run" in tries()
+        again.close()
+        assert "reopened" in tries()
+        other.stdin.close()
+    assert other.returncode == 0
 
 
 def test_client_rows(make):

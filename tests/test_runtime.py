@@ -365,6 +365,20 @@ def test_patience_of_a_resumed_run_is_that_of_an_undisturbed_one(
     assert resumed.summary["rounds"] == 3
 
 
+def test_memories_that_end_with_the_process_are_no_checkpoint(run: Door) -> None:
+    given = ("client_memory=context", "checkpoint_every=1")
+    with pytest.raises(UserError, match=r"client_memory=context: .*directory or auto"):
+        run(*given)
+    run(*given, "strategy=fedavg")  # whose clients remember nothing
+
+
+def test_a_run_in_which_no_training_counted_says_so(run: Door) -> None:
+    given = ("strategy=fedavg", "local.clip=0", "optimizer.lr=1e30", "rounds=2")
+    result = run(*given)
+    assert result.summary["failures"] == 6
+    assert any("no client's training counted" in text for text in result.lines)
+
+
 def test_a_run_that_had_stopped_when_it_died_does_not_go_on(run: Door) -> None:
     given = ("rounds=50", "stop.patience=2", "stop.least=0.9", "checkpoint_every=1")
     done = run(*given)
@@ -432,21 +446,24 @@ def die(after: int) -> Callable[[Mapping[str, Any]], tuple[bool, dict[str, float
     return callback
 
 
-@pytest.mark.parametrize("died", [5, 6])
+RESUMED = [
+    ("strategy=feddyn",),
+    ("strategy=feddyn", "strategy.mean_of_all=true", "strategy.weighting=samples"),
+    ("strategy=scaffold", "optimizer.momentum=0.5"),
+    ("strategy=feddyn", "client_memory=directory", "stop.patience=40"),
+    ("strategy=fedavg", "optimizer.lr_decay=0.9"),
+    (*CLIENT_LR, "strategy.momentum=0.5", "strategy.optimizer=adam"),
+    ("strategy=fedopt_hyper", "strategy.independent=true"),
+    ("strategy=learned_weights", "clients_per_round=5"),
+    ("strategy=fedsophia", "optimizer.tau=3", "strategy.average_moments=true"),
+]
+
+
 @pytest.mark.parametrize(
-    "given",
-    [
-        ("strategy=feddyn",),
-        ("strategy=feddyn", "strategy.mean_of_all=true", "strategy.weighting=samples"),
-        ("strategy=scaffold", "optimizer.momentum=0.5"),
-        ("strategy=feddyn", "client_memory=directory", "stop.patience=40"),
-        ("strategy=fedavg", "optimizer.lr_decay=0.9"),
-        (*CLIENT_LR, "strategy.momentum=0.5", "strategy.optimizer=adam"),
-        ("strategy=fedopt_hyper", "strategy.independent=true"),
-        ("strategy=learned_weights", "clients_per_round=5"),
-        ("strategy=fedsophia", "optimizer.tau=3", "strategy.average_moments=true"),
-    ],
-    ids=" ".join,
+    ("given", "died"),
+    # After a round that no checkpoint has, and once right after a checkpoint.
+    [*((given, 6) for given in RESUMED), (RESUMED[0], 5)],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
 )
 def test_a_resumed_run_equals_one_that_never_stopped(
     run: Door, tmp_path: Path, given: tuple[str, ...], died: int
@@ -517,14 +534,16 @@ def test_other_settings_cannot_be_resumed(run: Door, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run(*given, "name=half", callbacks=[die(3)])
     before = sorted(p.name for p in (tmp_path / "runs").rglob("*"))
-    for other in (
-        "seed=1",
-        "strategy.alpha=0.5",
-        "optimizer.lr=0.2",
-        "strategy=fedavg",
+    for other, told in (
+        ("seed=1", "seed is 0 there and 1 here"),
+        ("strategy.alpha=0.5", r"strategy.alpha is 0.1 there and 0.5 here \(only"),
+        ("optimizer.lr=0.2", "optimizer.lr is 0.1 there and 0.2 here"),
+        ("strategy=fedavg", "strategy.name is feddyn there and fedavg here"),
     ):
-        with pytest.raises(UserError, match="other settings"):
+        with pytest.raises(UserError, match=f"other settings: .*{told}"):
             run(*given, f"resume={tmp_path}/runs/half", other)
+    with pytest.raises(UserError, match="has come to round 2, beyond rounds=1"):
+        run("checkpoint_every=1", "rounds=1", f"resume={tmp_path}/runs/half")
     assert sorted(p.name for p in (tmp_path / "runs").rglob("*")) == before
 
 
