@@ -64,7 +64,8 @@ def audited(
     Returns
     -------
     float
-        The largest relative gap: of h and the mean of the memories, or of the sums of mass.
+        The largest relative gap: of h and the mean of the memories, relative to the memories (they
+        cancel: at the optimum h is zero and they are not), or of the sums of mass.
     """
     rounds = [r["round"] for r in result.records]
     assert rounds == list(range(rounds[-1] + 1)), "a round is missing, or there twice"
@@ -84,11 +85,12 @@ def audited(
     if name in MEANS:
         memory, mirror = MEANS[name]
         like = {memory: vectors[mirror]}
-        places, total = stores(rest["run"]), torch.zeros_like(vectors[mirror])
+        places, kept = stores(rest["run"]), []
         for k, version in ledger.items():
             (store,) = [s for s in places if version in s.versions(k)]
-            total += store.load(k, version, like)[memory]
-        off = torch.linalg.vector_norm(total / clients - vectors[mirror])
-        gaps.append(float(off / torch.linalg.vector_norm(vectors[mirror])))
+            kept.append(store.load(k, version, like)[memory].double())
+        off = torch.linalg.vector_norm(sum(kept) / clients - vectors[mirror].double())
+        scale = sum(map(torch.linalg.vector_norm, kept)) / clients
+        gaps.append(float(off / scale))
     assert max(gaps) < 1e-5, gaps
     return max(gaps)
