@@ -224,9 +224,9 @@ def _check(config: Config) -> None:
     _check_alone(config)
     _check_optimizer(config)
     check_network(config)
-    check_privacy(config)
     check_estimate(config)
     check_personal(config)
+    check_privacy(config)
     bind("data", config.data)
     bind("partition", config.partition, ("labels", "natural", "clients", "seed"))
     bind("shift", config.shift)
@@ -243,11 +243,6 @@ def _check_judged(config: Config) -> None:
             )
     if config.evaluate_clients != "none":
         return
-    if config.holdout_clients:
-        raise UserError(
-            f"holdout_clients={config.holdout_clients}: they are there to evaluate, which "
-            "evaluate_clients=none leaves out"
-        )
     others = (config.personal.name, config.estimate.name)
     if config.client_validation and others == ("none", "none"):
         raise UserError(

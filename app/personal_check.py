@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 #: What an algorithm is that has clients differ by other means.
 OTHER = (Individual, Costing, Phased, Plural, Practising, Rooted, Surveying)
+FITTING = "strategy=fedavg, fedprox, scaffold, feddyn or pushsum"
 
 
 def nothing() -> None:
@@ -56,15 +57,11 @@ def check_personal(config: Config) -> None:
         )
     optimizer = bind("optimizer", config.optimizer)()
     built = bind("strategy", config.strategy)()
-    if missing(solver_of(built), SGD()):
-        raise UserError(
-            f"{what}: strategy={config.strategy.name} needs an optimizer of its own; use "
-            "fedavg, fedprox, scaffold, feddyn or pushsum"
-        )
     if optimizer.curvature:
+        own = missing(solver_of(built), SGD())  # as of Fed-Sophia
         raise UserError(
-            f"{what}: optimizer={config.optimizer.name} estimates the curvature of the "
-            "plain model; use optimizer=sgd"
+            f"{what}: optimizer={config.optimizer.name} estimates the curvature of the plain "
+            f"model; use {FITTING if own else 'optimizer=sgd'}"
         )
     if how.interpolates and optimizer.models(2):
         raise UserError(
@@ -80,7 +77,7 @@ def check_personal(config: Config) -> None:
         if isinstance(solver_of(built), kind):
             raise UserError(
                 f"{what}: strategy={config.strategy.name} {does} in its own way; "
-                "use fedavg, fedprox, scaffold, feddyn or pushsum"
+                f"use {FITTING}"
             )
     if how.every and config.rounds <= how.every:
         raise UserError(
