@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
@@ -31,21 +29,6 @@ from strategies.gossip import solver_of
 from strategies.local import Local, missing
 from strategies.wire import DTYPES
 
-#: The keys of [tool.flwr.app.config] besides `overrides`.
-FIRST_CLASS = (
-    "strategy",
-    "data",
-    "partition",
-    "model",
-    "rounds",
-    "clients",
-    "clients_per_round",
-    "seed",
-    "device",
-    "evaluate_every",
-    "output_dir",
-    "resume",
-)
 #: Nodes of Flower's simulation beyond which a round would cost seconds before any training.
 MOST_NODES = 2000
 #: Settings that say where a run happens, not what it computes.
@@ -280,8 +263,8 @@ def _check_optimizer(config: Config) -> None:
         )
     if optimizer.along and optimizer.along not in algorithm.needs:
         raise UserError(
-            f"optimizer={config.optimizer.name}: carries a derivative that "
-            f"strategy={config.strategy.name} does not ask for as it is; use optimizer=sgd"
+            f"optimizer={config.optimizer.name}: is for a strategy that tunes the clients' "
+            f"rate, which strategy={config.strategy.name} as set does not; use optimizer=sgd"
         )
     lacking = missing(algorithm, optimizer)
     if not lacking:
@@ -296,36 +279,3 @@ def _check_optimizer(config: Config) -> None:
         f"the local optimizer, and optimizer={config.optimizer.name} has none; use "
         f"{' or '.join(fitting)}"
     )
-
-
-def from_run_config(run_config: Mapping[str, Any]) -> list[str]:
-    """Return the overrides that a Flower run config stands for.
-
-    A first-class key that holds its default says nothing, so that a preset named in
-    ``overrides`` (``experiment=NAME``) may set it; ``overrides`` come last and win.
-    """
-    defaults = _load(())
-    overrides = []
-    for key in FIRST_CLASS:
-        if key not in run_config:
-            continue
-        default = getattr(defaults, key)
-        default = default.name if isinstance(default, Group) else default
-        if run_config[key] != default:
-            overrides.append(f"{key}={quote(run_config[key])}")
-    try:
-        return overrides + shlex.split(str(run_config.get("overrides", "")))
-    except ValueError as error:
-        raise UserError(f"overrides: {error}") from None
-
-
-def to_run_config(overrides: Sequence[str]) -> dict[str, str]:
-    """Return the Flower run config that stands for a list of overrides."""
-    return {"overrides": shlex.join(overrides)}
-
-
-def quote(value: Any) -> str:
-    """Return a value as Hydra's grammar reads it back."""
-    if not isinstance(value, str):
-        return str(value)
-    return QuotedString(text=value, quote=Quote.single).with_quotes()

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from app.config import Config, load, quote
+from app.config import Config, load
 from app.deployment import LINK, Deployment
 from app.derive import check_grid
 from app.errors import UserError
@@ -33,6 +33,7 @@ from app.experiment import run_flower
 from app.host import Samples, setting
 from app.peaks import Peaks
 from app.run import Say
+from app.run_config import quote
 
 MEMORY = "--memory"
 #: What ends a deployment from outside.

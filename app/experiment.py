@@ -39,13 +39,14 @@ from app import influence
 from app.binding import bind
 from app.callbacks import Callback, Record
 from app.compose import CONF
-from app.config import Config, load, quote, to_run_config
+from app.config import Config, load
 from app.derive import check_grid, derive
 from app.errors import UserError
 from app.estimation import estimate
 from app.host import setting
 from app.local_grid import LocalGrid
 from app.run import Run, Say
+from app.run_config import quote, to_run_config
 from strategies.hypergrad import HGP
 from strategies.influence import Influence
 

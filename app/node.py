@@ -16,12 +16,14 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
 
-from app.config import from_run_config, load
-from app.host import hosted, objective, source, trainer, undivided
+from app.config import load
+from app.host import objective, trainer, undivided
 from app.hypers import hypers_of
 from app.judging import brief
+from app.node_config import hosted, source
 from app.personal_check import settings
 from app.programs import program_of
+from app.run_config import from_run_config
 from app.store import (
     ContextStore,
     DirectoryStore,

@@ -17,9 +17,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from app.binding import Model
 from app.compose import CONF, names
-from app.config import load, quote
+from app.config import load
 from app.errors import UserError, nearest
 from app.resume import APART
+from app.run_config import quote
 from app.tuning import Tuning
 from app.verdict import DISTANCE, Rule
 

@@ -7,9 +7,9 @@ import sys
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from app.config import from_run_config
 from app.derive import start
 from app.errors import UserError
+from app.run_config import from_run_config
 
 app = ServerApp()
 

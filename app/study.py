@@ -22,12 +22,13 @@ from rich.console import Console
 
 from app import checkpoint, results
 from app.alone import hold
-from app.config import load, quote
+from app.config import load
 from app.errors import UserError
 from app.plan import Job, Plan, plan, read, studies
 from app.progress import Board
 from app.records import read_summary
 from app.resume import describe, settings
+from app.run_config import quote
 from app.tables import show
 
 

@@ -291,18 +291,18 @@ class Trained:
         """Say, by row, whose result must not be used, and why."""
         found: dict[int, str] = {}
         told = {name: numbers[:, None] for name, numbers in self.told.items()}
-        stays = {**told, "loss": self.losses[:, None]}
-        checked = [(*of, math.inf) for of in (*stays.items(), *self.memory.items())]
-        for name, matrix in self.up.items():
-            # One that is too large to be sent would spoil its node's mean.
-            most = largest(matrix.dtype) / max(matrix.shape[1], 1) ** 0.5
-            checked += [(name, matrix, most), (name, matrix, math.inf)]
-        for name, matrix, most in checked:
+        rest = [*told.items(), ("loss", self.losses[:, None]), *self.memory.items()]
+        for name, matrix in [*rest, *self.up.items()]:
             if not matrix.shape[1]:
                 continue
             low, high = matrix.aminmax(dim=1)
-            fine = ((low > -most) & (high < most)).tolist()  # NaN is in no bounds
-            word = "finite" if most == math.inf else f"below {most:.1e}"
-            why = f"{name} is not {word} (training diverged)"
-            found |= {row: why for row, good in enumerate(fine) if not good}
+            bounds = {"finite": math.inf}
+            if name in self.up and matrix is self.up[name]:
+                # One that is too large to be sent would spoil its node's mean.
+                most = largest(matrix.dtype) / matrix.shape[1] ** 0.5
+                bounds = {f"below {most:.1e}": most} | bounds
+            for word, most in bounds.items():
+                fine = ((low > -most) & (high < most)).tolist()  # NaN is in no bounds
+                why = f"{name} is not {word} (training diverged)"
+                found |= {row: why for row, good in enumerate(fine) if not good}
         return found

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from app import label_plots, network_plots, plots
-from app.config import to_run_config
 from app.experiment import run_local
 from app.local_grid import LocalGrid
 from app.run import Run
+from app.run_config import to_run_config
 
 # Examples are not timed: a machine may be busy. On CI they are the same each time.
 settings.register_profile("fedgrad", deadline=None, derandomize="CI" in os.environ)

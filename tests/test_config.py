@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from app import compose, config, experiment
 from app.compose import PARTS, names
-from app.config import FIRST_CLASS, Config, from_run_config, load, to_run_config
+from app.config import Config, load
 from app.errors import UserError
 from app.experiment import run_flower
+from app.run_config import FIRST_CLASS, from_run_config, to_run_config
 
 ROOT = Path(__file__).resolve().parent.parent
 Door = Callable[..., str]

@@ -17,8 +17,8 @@ from PIL import Image
 from app.arrays import npz
 from app.data import Dataset, digits, hold_out, split_mask, thin
 from app.errors import UserError
-from app.host import local_samples
 from app.images import imagefolder
+from app.node_config import local_samples
 from app.synthetic import (
     quadratics,
     synthetic_feddyn,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from flwr.app import Message
 
-from app.config import to_run_config
 from app.errors import UserError
 from app.local_grid import LocalGrid
+from app.run_config import to_run_config
 from app.synthetic import QUADRATICS_A, QUADRATICS_B
 from strategies.algorithm import Client, Cohort
 from strategies.done import Done

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 
 from app import checkpoint, durable
 from app.client_app import in_turn
-from app.config import to_run_config
 from app.errors import UserError
 from app.local_grid import LocalGrid
 from app.run import Run
+from app.run_config import to_run_config
 from app.store import DirectoryStore, directory_of, recall, remember
 from strategies.recovery import MEMORIES
 

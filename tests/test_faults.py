@@ -32,10 +32,10 @@ from hypothesis import strategies as st
 import app.node
 import app.store
 import strategies.wire
-from app.config import to_run_config
 from app.errors import UserError
 from app.local_grid import LocalGrid
 from app.run import Run
+from app.run_config import to_run_config
 from app.store import ContextStore, DirectoryStore, Store
 from strategies.algorithm import Algorithm
 from strategies.fedavg import FedAvg

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.config import to_run_config
 from app.derive import start
 from app.errors import UserError
 from app.estimation import logistic
 from app.host import setting
 from app.local_grid import LocalGrid
+from app.run_config import to_run_config
 from strategies import topology
 from strategies.fad import Clients, broadcast, federated_map, federated_mean
 from strategies.fad_site import Site, register

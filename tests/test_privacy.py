@@ -11,10 +11,10 @@ import torch
 from conftest import Result
 from flwr.app import Message
 
-from app.config import to_run_config
 from app.errors import UserError
 from app.local_grid import LocalGrid
 from app.run import Run
+from app.run_config import to_run_config
 from strategies.algorithm import Cohort
 from strategies.fedavg import FedAvg
 from strategies.feddyn import FedDyn

@@ -18,11 +18,13 @@ from flwr.app import Message, RecordDict
 
 from app.callbacks import Patience
 from app.compose import CONF
-from app.config import load, to_run_config
+from app.config import load
 from app.errors import UserError
 from app.experiment import run_local
-from app.host import hosted, objective, setting
+from app.host import objective, setting
 from app.local_grid import LocalGrid
+from app.node_config import hosted
+from app.run_config import to_run_config
 from app.store import ContextStore, DirectoryStore
 
 Door = Callable[..., Result]
