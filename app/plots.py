@@ -26,11 +26,19 @@ AXES = {
 }
 
 
+# What the line and the band of a group are.
+BANDS = {
+    "range": "line: mean over seeds; band: minimum to maximum",
+    "std": "line: mean over seeds; band: one standard deviation",
+    "quartiles": "line: median over seeds; band: from quartile to quartile",
+}
+
+
 class Curve(NamedTuple):
-    """The seeds of one group on a common grid: one mean line and its band."""
+    """The seeds of one group on a common grid: one line and its band."""
 
     x: Floats
-    mean: Floats
+    middle: Floats
     low: Floats
     high: Floats
 
@@ -51,7 +59,9 @@ def align(
     metric, axis : str
         As for `series`.
     band : str
-        ``range`` (minimum to maximum) or ``std`` (one standard deviation either side).
+        ``range`` (the mean, minimum to maximum), ``std`` (the mean, one standard deviation either
+        side) or ``quartiles`` (the median, the middle half of the seeds), for what spreads over
+        powers of ten: there the largest seed alone decides a mean.
 
     Returns
     -------
@@ -78,6 +88,9 @@ def align(
     if not grid.size:
         return Curve(empty, empty, empty, empty)
     table = np.stack([np.interp(grid, x, y) for x, y in found])
+    if band == "quartiles":
+        low, middle, high = np.quantile(table, [0.25, 0.5, 0.75], axis=0)
+        return Curve(grid, middle, low, high)
     mean = table.mean(axis=0)
     if band == "std" and len(table) > 1:
         spread = table.std(axis=0, ddof=1)
@@ -94,7 +107,7 @@ def curves(
     band: str = "range",
     title: str = "",
 ) -> None:
-    """Draw one line for each group: the mean over its seeds, with a band.
+    """Draw one line for each group, the middle of its seeds, with a band.
 
     A seed that goes on after the shortest of its group has ended is drawn thin from
     there, alone, since a mean over fewer seeds would jump.
@@ -110,7 +123,7 @@ def curves(
     path : Path
         The PNG to write, replaced as a whole.
     band : str
-        ``range`` (minimum to maximum) or ``std`` (one standard deviation either side).
+        As for `align`.
     title : str
         Above the figure.
     """
@@ -135,7 +148,7 @@ def curves(
                         alpha=0.7,
                         color=style["color"],
                     )
-        canvas.line(axes, curve.x * scale, curve.mean, label, index)
+        canvas.line(axes, curve.x * scale, curve.middle, label, index)
         axes.fill_between(
             curve.x * scale,
             curve.low,
@@ -150,9 +163,7 @@ def curves(
     if axis == "links":  # from one peer to all of them: factors, not differences
         axes.set_xscale("log")
     canvas.log_if_wide(axes, metric)
-    words = {"range": "minimum to maximum", "std": "one standard deviation"}[band]
-    caption = f"line: mean over seeds; band: {words}" if several else None
-    canvas.legend(figure, axes, caption)
+    canvas.legend(figure, axes, BANDS[band] if several else None)
     canvas.save(figure, path)
 
 

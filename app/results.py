@@ -93,8 +93,7 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
     table = tuning.compared(result)
     result["verdict"] = judge(study.verdict, table, seeds, study.metric)
     metric = EXCESS if study.metric == DISTANCE else study.metric
-    # Less one standard deviation may be below zero, which a log axis cannot show.
-    band = "range" if study.metric == DISTANCE or "error" in study.metric else "std"
+    band = "quartiles" if _wide(study.metric) else "std"
     figure = plan.folder / "study.png"
     if study.dots:
         dots(table, study.metric, study.dots, figure)
@@ -109,6 +108,11 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
     text = f"# {plan.name}\n\n{body(result, 'study.png')}"
     write_atomic(plan.folder / "study.md", text)
     return result
+
+
+def _wide(metric: str) -> bool:
+    """Return whether seeds lie powers of ten apart, so that the largest decides a mean."""
+    return metric == DISTANCE or "error" in metric
 
 
 def _device(plan: Plan) -> str:
@@ -188,8 +192,10 @@ def cells(
     told = focus is not None and all("spent_to" in run for run in every)
     head += [f"{unit} to {sign} {focus:g}" for unit in ("MB", "s") if told]
     # What validation has chosen has no best: that would be chosen by what is told.
-    ends = ["final"] if metric == DISTANCE or "chosen" in metric else ["final", "best"]
+    few = _wide(metric) or "chosen" in metric
+    ends = ["final"] if few else ["final", "best"]
     head += [f"{end} {metric}" for end in ends]
+    head += ["median (least to largest)"] if _wide(metric) else []
     # No seconds of whole runs: they share the machine with whatever else it does.
     also = list(every[0].get("also", {})) if every else []
     lines = [[*head, *(f"final {name}" for name in also), "MB sent", "gradients"]]
@@ -206,6 +212,8 @@ def cells(
             line.append(Spread.of(u.get("seconds") for u in until).text(".3g"))
         for key in ends:
             line.append(Spread.of(r[key] for r in runs).text(form))
+        if _wide(metric):
+            line.append(Spread.of(r["final"] for r in runs).quantiles(".2g"))
         line += [Spread.of(r["also"][n] for r in runs).text(".3g") for n in also]
         line.append(Spread.of(r["bytes"] / 1e6 for r in runs).text(".3g"))
         line.append(Spread.of(r["gradients"] for r in runs).text(",.0f"))

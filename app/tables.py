@@ -61,6 +61,14 @@ class Spread:
         count = len(self.values)
         return parts if count == self.runs else f"{parts} ({count}/{self.runs})"
 
+    def quantiles(self, form: str) -> str:
+        """Return ``median (least to largest)``."""
+        if not self.values:
+            return "-"
+        least, largest = min(self.values), max(self.values)
+        middle = statistics.median(self.values)
+        return f"{middle:{form}} ({least:{form}} to {largest:{form}})"
+
 
 def rounds_to(run: Run, target: float, metric: str = "accuracy") -> int | None:
     """Return the first round whose metric reaches a target, None if none does.

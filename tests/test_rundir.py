@@ -282,10 +282,13 @@ def test_seeds_are_averaged_where_all_of_them_are():
     runs = [run([4.0, 2.0, 1.0], 1), run([2.0, 0.0], 2)]
     curve = plots.align(runs, "loss", "rounds")
     assert curve.x.tolist() == [0, 1]
-    assert curve.mean.tolist() == [3.0, 1.0]
+    assert curve.middle.tolist() == [3.0, 1.0]
     assert curve.low.tolist() == [2.0, 0.0]
+    of_three = plots.align([*runs, run([6.0, 9.0], 1)], "loss", "rounds", "quartiles")
+    assert of_three.middle.tolist() == [4.0, 2.0]
+    assert of_three.high.tolist() == [5.0, 5.5]
     # By bytes they lie at 1, 2, 3 and at 2, 4: common is 2 to 3, linear in between.
     curve = plots.align(runs, "loss", "bytes", band="std")
     assert (curve.x[0], curve.x[-1]) == (2, 3)
-    np.testing.assert_allclose(curve.mean[[0, -1]], [2.0, 1.0])
-    np.testing.assert_allclose(curve.high - curve.mean, curve.mean - curve.low)
+    np.testing.assert_allclose(curve.middle[[0, -1]], [2.0, 1.0])
+    np.testing.assert_allclose(curve.high - curve.middle, curve.middle - curve.low)
