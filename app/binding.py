@@ -137,5 +137,9 @@ def explain(error: ValidationError, prefix: str = "") -> str:
         what = found["msg"]
         if key == "strategy.solver":
             what = f"choose it by strategy@strategy.solver={found['input']}"
+        elif found["type"] in ("model_type", "dataclass_type"):
+            what = f"{key} is a group; set what is in it, {key}.KEY=VALUE"
+        elif found["type"] == "string_pattern_mismatch" and key == "device":
+            what = "auto, cpu, cuda or cuda:N"
         parts.append(f"{key}={found['input']!r}: {what}")
     return "; ".join(parts)

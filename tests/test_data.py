@@ -26,7 +26,7 @@ from app.synthetic import (
     synthetic_mixture,
 )
 from app.text import plays, speeches
-from app.vision import cifar10, emnist, mnist
+from app.vision import cifar10, emnist, fashion_mnist, mnist
 
 CONF = Path(__file__).parents[1] / "conf"
 REAL = os.environ.get("FEDGRAD_DATA")
@@ -475,9 +475,9 @@ def test_emnist_letters_are_upright_limited_and_counted_from_zero(tmp_path):
     one_line(caught, "26")
 
 
-def small_mnist(tmp_path: Path, train: int, test: int) -> Path:
+def small_mnist(tmp_path: Path, train: int, test: int, folder: str = "MNIST") -> Path:
     """Write MNIST's files with grey noise of which half of each image never changes."""
-    raw = tmp_path / "MNIST" / "raw"
+    raw = tmp_path / folder / "raw"
     raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for part, count in (("train", train), ("t10k", test)):
@@ -488,9 +488,11 @@ def small_mnist(tmp_path: Path, train: int, test: int) -> Path:
     return tmp_path
 
 
-def test_mnist_as_one_pool(tmp_path):
-    root = str(small_mnist(tmp_path, 40, 20))
-    apart, pool = mnist(root), mnist(root, pool=True)
+@pytest.mark.parametrize("load", [mnist, fashion_mnist])
+def test_mnist_as_one_pool(tmp_path, load):
+    folder = {mnist: "MNIST", fashion_mnist: "FashionMNIST"}[load]
+    root = str(small_mnist(tmp_path, 40, 20, folder))
+    apart, pool = load(root), load(root, pool=True)
     assert pool.train.x.shape == (60, 1, 28, 28) and len(pool.test) == 0
     torch.testing.assert_close(
         pool.train.x, torch.cat([apart.train.x, apart.test.x]), rtol=0, atol=0

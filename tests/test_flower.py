@@ -41,7 +41,7 @@ def test_a_mistake_is_told_before_flower_starts(home: Path) -> None:
     lines: list[str] = []
     with pytest.raises(UserError, match="did you mean 'feddyn'"):
         run_flower(["strategy=fedyn"], lines.append)
-    with pytest.raises(UserError, match=r"data|npz"):
+    with pytest.raises(UserError, match="no such file"):
         run_flower(["data=npz", f"data.path={home}/none.npz"], lines.append)
     assert lines == []
     assert belonging(home) == {}
@@ -144,6 +144,7 @@ def test_hyper_gradients_are_those_of_the_local_runtime(
     assert ours.records[1]["personal"]["moved"] == 6
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_plain_flwr_run_tells_a_mistake_in_one_line(home: Path) -> None:
     ended = flwr(

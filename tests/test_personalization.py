@@ -31,6 +31,8 @@ from strategies.local import Job, Local, Part, Trainer, orders
 from strategies.network import Network
 from strategies.personal_objective import PersonalObjective
 from strategies.personalization import Personal
+from strategies.personalize import Personalize
+from strategies.randomness import generator
 from strategies.sgd import SGD
 
 F64 = torch.float64
@@ -186,6 +188,26 @@ def test_what_each_family_does() -> None:
             regular.outer(theta, lam, own),
             task.outer(theta, lam, own) + 0.25 * lam.square().sum(),
         )
+
+
+def test_the_outer_step_is_adams_with_a_rate_for_each_family() -> None:
+    how = Personalize(
+        families=("class_weights", "logit_weights"),
+        lr={"class_weights": 0.1, "logit_weights": 0.02},
+    )
+    own, task = CLIENTS[0], personal(*how.built())
+    memory = how.fresh(task.zeros(own))
+    rates, half = how.rates(task, memory["l"], own), len(memory["l"]) // 2
+    parts = [torch.zeros(half, dtype=F64, requires_grad=True) for _ in range(2)]
+    groups = zip(parts, (0.1, 0.02), strict=True)
+    theirs = torch.optim.Adam([{"params": [part], "lr": lr} for part, lr in groups])
+    for v in torch.randn(5, 2 * half, dtype=F64, generator=generator(0, "v")):
+        memory = how.step(memory | {"v": v}, rates)
+        for part, slope in zip(parts, v.split(half), strict=True):
+            part.grad = slope.clone()
+        theirs.step()
+        found = torch.cat(parts).detach()
+        torch.testing.assert_close(memory["l"], found, rtol=0, atol=1e-12)
 
 
 def test_what_is_admitted_leaves_zero_as_it_is() -> None:

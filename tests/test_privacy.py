@@ -88,6 +88,21 @@ REFUSED = {
         (*LOCAL, "strategy=feddyn", "strategy.mean_of_all=true"),
         "also sends drift",
     ),
+    "moments": (
+        (*LOCAL, "strategy=fedsophia", "strategy.average_moments=true"),
+        "also sends h, m",
+    ),
+    "DONE": ((*LOCAL, "strategy=done"), "also sends answer"),
+    "a derivative": (
+        ("privacy=central", "strategy=fedopt_hyper"),
+        "also sends gradient",
+    ),
+    "features": ((*LOCAL, "strategy=learned_weights"), "also sends gradient, terms"),
+    "several models": (("privacy=central", "strategy=clustered"), "train more than"),
+    "a network": (
+        (*LOCAL, "strategy=pushsum", "topology=complete"),
+        "relay of a network",
+    ),
     "evaluation": (("privacy=local", "strategy=feddyn"), "evaluate_clients=none"),
     "a large epsilon": (
         ("privacy=local", "privacy.epsilon=8"),

@@ -259,6 +259,9 @@ def test_finish_of_a_run_without_rounds_or_accuracy(make):
 
 def test_axes_accumulate():
     records = [record(0), record(1), record(2)]
+    for told in records:
+        told["strategy"] = {"link_bytes": 7}
+    assert cumulative(records, "links").tolist() == [7, 14, 21]
     assert cumulative(records, "bytes").tolist() == [16, 32, 48]
     assert cumulative(records, "seconds").tolist() == [0.5, 1.0, 1.5]
     assert cumulative(records, "gradients").tolist() == [100, 200, 300]

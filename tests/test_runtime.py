@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 from conftest import QUICK, Result, grid_of
-from flwr.app import Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
+from app import server_app
 from app.callbacks import Patience
 from app.compose import CONF
 from app.config import load
@@ -262,8 +263,9 @@ def test_a_node_that_comes_back_before_its_old_self_is_gone(run: Door) -> None:
 
 def test_ids_of_nodes_are_never_used_twice() -> None:
     grid = grid_of(QUICK, 3)
-    grid.remove_node(next(iter(grid.get_node_ids())))
     before = set(grid.get_node_ids())
+    for node in before:
+        grid.remove_node(node)
     assert grid.add_node({"clients": "0"}) not in before
 
 
@@ -315,9 +317,26 @@ def test_evaluate_only_at_the_end(run: Door) -> None:
 
 def test_the_cohort_alone_evaluates(run: Door) -> None:
     result = run("evaluate_clients=cohort")
+    judged = [r for r in rows(result) if r["accuracy"]]
+    for record in result.records[1:]:
+        here = [int(r["client"]) for r in judged if r["round"] == str(record["round"])]
+        assert here == record["clients"]["cohort"]
+
+
+def test_what_clients_measured_is_summed_up(run: Door) -> None:
+    result = run("rounds=2")
     for record in result.records[1:]:
         here = [r for r in rows(result) if r["round"] == str(record["round"])]
-        assert [int(r["client"]) for r in here] == record["clients"]["cohort"]
+        told, accuracy = record["clients"], [float(r["accuracy"]) for r in here]
+        assert told["accuracy_mean"] == pytest.approx(np.mean(accuracy), abs=1e-5)
+        decile = np.quantile(accuracy, 0.1)
+        assert told["accuracy_decile"] == pytest.approx(decile, abs=1e-5)
+        trained = [r for r in here if r["train_loss"]]
+        losses, samples = (
+            [float(r[key]) for r in trained] for key in ("train_loss", "samples")
+        )
+        mean = np.average(losses, weights=samples)
+        assert told["train_loss"] == pytest.approx(mean, abs=1e-5)
 
 
 def test_clients_keep_some_samples_for_their_own_test(run: Door) -> None:
@@ -342,11 +361,15 @@ def test_clients_keep_some_samples_for_their_own_test(run: Door) -> None:
 
 
 def test_a_target_ends_the_run(run: Door) -> None:
-    result = run("rounds=50", "stop.accuracy=0.3", "optimizer.lr=0.3")
+    given = ("stop.accuracy=0.3", "optimizer.lr=0.3", "targets=[0.3,1]")
+    result = run("rounds=50", *given)
     assert result.summary["status"] == "target"
     told = [r["accuracy"] for r in result.records[1:]]
     assert told[-1] >= 0.3 > max(told[:-1], default=0.0)
     assert result.summary["rounds"] == len(told) < 50
+    assert result.summary["best_accuracy"] == max(told) == told[-1]
+    assert result.summary["best_round"] == len(told)
+    assert result.summary["rounds_to"] == {"0.3": len(told), "1": None}
 
 
 def test_patience_ends_the_run(run: Door) -> None:
@@ -663,6 +686,18 @@ def test_only_the_nodes_have_data(run: Door, tmp_path: Path) -> None:
     wrong = ("data=described", "data.shape=[1,9,9]", "data.classes=10")
     with pytest.raises(UserError, match=r"\(1, 8, 8\); the run's have \(1, 9, 9\)"):
         run(*wrong, grid=named(*nodes))
+
+
+def test_a_server_app_tells_a_mistake_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    context = Context(1, 0, {}, RecordDict(), {"strategy": "fedyn"})
+    with pytest.raises(SystemExit) as ended:
+        server_app.main(grid_of(QUICK, 2), context)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    told = "error: no strategy is called 'fedyn'; did you mean 'feddyn'?"
+    assert line.startswith(told)
 
 
 #: What a ClientApp does between its start and training.

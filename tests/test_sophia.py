@@ -437,6 +437,21 @@ def test_moments_persist_or_start_afresh() -> None:
         assert memory == {}
 
 
+def test_averaged_moments_are_what_a_client_starts_from() -> None:
+    objective, samples = network(), part(9)
+    theta, buffers = objective.initial()
+    averaging = FedSophia(average_moments=True)
+    trainer = Trainer(averaging, Sophia(), Local(batch=0, steps=1), objective, 0)
+    ones = torch.ones_like(theta)
+    down = {"theta": theta, "buffers": buffers, "m": ones, "h": ones}
+    job = Job(Client(0, 9, 1.0), samples, trainer.fresh(theta))
+    (trained,) = train(trainer, down, [job], 1)
+    whole = Batch(samples.x, samples.y, {})
+    gradient, *_ = objective.gradient(theta, buffers, whole)
+    close(trained.up["m"][0], 0.965 + 0.035 * gradient, 1e-12)
+    assert float((trained.up["h"][0] - 0.95).min()) > -1e-12
+
+
 def test_batchnorm_models_are_trained_too() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
