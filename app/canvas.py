@@ -102,6 +102,8 @@ def quantity(metric: str) -> str:
     """Return what a metric is measured in, empty where it has no unit."""
     if "accuracy" in metric:
         return "fraction of samples"
+    if "/cost/" in metric:
+        return "rounds of training"
     return "mean over samples" if "loss" in metric else ""
 
 

@@ -13,7 +13,9 @@ with m the margin. A run of it leaves a run directory as training does; a round 
 
 from __future__ import annotations
 
+import contextlib
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,54 +149,60 @@ def estimate(
     problem = logistic(setting(tuple(overrides)))
     links = links_of(config, how)
     exact = torch.stack(closed_form(problem))
-    directory = directory_of(config)
-    say(f"run directory: {directory.path}")
-    loss = float(problem.outer(problem.x, problem.lambdas).mean())
-    products = 1 if problem.draw is None or not how.independent else 2
-    records: list[dict[str, Any]] = []
-    last = [time.perf_counter(), 0.0, 0.0]
+    with contextlib.closing(directory_of(config)) as directory:
+        say(f"run directory: {directory.path}")
+        loss = float(problem.outer(problem.x, problem.lambdas).mean())
+        products = 1 if problem.draw is None or not how.independent else 2
+        records: list[dict[str, Any]] = []
+        last = [time.perf_counter(), 0.0, 0.0]
 
-    def watch(m: int, found: Found) -> None:
-        v, now = torch.stack(found.v), time.perf_counter()
-        seconds, sent, messages = last
-        last[:] = now, found.bytes, found.messages
-        step = {
-            "error": float((v - exact).norm() / exact.norm()),
-            "norm": float(v.norm()),
-            "messages": found.messages - messages,
-        }
-        record: dict[str, Any] = {
-            "round": m,
-            "hypergradient": step,
-            "bytes": {"down": {}, "up": {"state": found.bytes - sent}},
-            "strategy": {"link_bytes": found.bytes - sent},
-            "seconds": {"round": now - seconds},
-            # A product with second derivatives counts as two gradients; before the first step
-            # stand those that check alpha, and the outer cost's gradient.
-            "gradients": config.clients
-            * (2 * products if m else 2 * how.power_steps + 1),
-        }
-        if not m:
-            record["loss"] = (
-                loss  # of the minimizer, on what clients keep from training
-            )
-        records.append(record)
-        directory.round(record)
-        for callback in callbacks:
-            callback(record)
+        def watch(m: int, found: Found) -> None:
+            v, now = torch.stack(found.v), time.perf_counter()
+            seconds, sent, messages = last
+            last[:] = now, found.bytes, found.messages
+            step = {
+                "error": float((v - exact).norm() / exact.norm()),
+                "norm": float(v.norm()),
+                "messages": found.messages - messages,
+            }
+            record: dict[str, Any] = {
+                "round": m,
+                "hypergradient": step,
+                "bytes": {"down": {}, "up": {"state": found.bytes - sent}},
+                "strategy": {"link_bytes": found.bytes - sent},
+                "seconds": {"round": now - seconds},
+                # A product with second derivatives counts as two gradients; before the first step
+                # stand those that check alpha, and the outer cost's gradient.
+                "gradients": config.clients
+                * (2 * products if m else 2 * how.power_steps + 1),
+            }
+            if not m:
+                record["loss"] = (
+                    loss  # of the minimizer, on what clients keep from training
+                )
+            records.append(record)
+            directory.round(record)
+            for callback in callbacks:
+                callback(record)
 
-    hypergradients(problem, links, how, watch=watch)
-    summary = {
-        "status": "finished",
-        "name": directory.path.name,
-        **summarize(config, records),
-        "seconds": time.perf_counter() - began,
-    }
-    final = records[-1]["hypergradient"]
-    say(directory.finish(summary, {"theta": problem.x[0]}))
-    say(f"relative error of the hyper-gradients  {final['error']:.3g}")
-    say(f"run directory: {directory.path}")
-    return summary
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            hypergradients(problem, links, how, watch=watch)
+        doubts = [str(w.message) for w in caught]
+        for doubt in doubts:
+            say(f"warning: {doubt}")
+        summary = {
+            "status": "finished",
+            "name": directory.path.name,
+            **summarize(config, records),
+            "hypergradient": {"warnings": doubts},
+            "seconds": time.perf_counter() - began,
+        }
+        final = records[-1]["hypergradient"]
+        say(directory.finish(summary, {"theta": problem.x[0]}))
+        say(f"relative error of the hyper-gradients  {final['error']:.3g}")
+        say(f"run directory: {directory.path}")
+        return summary
 
 
 def directory_of(config: Config) -> RunDir:

@@ -6,6 +6,8 @@ keep to itself, ``influence/client-K.csv``, lies in the run's directory beside t
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import time
 import warnings
@@ -67,50 +69,57 @@ def estimate(
         )
     links = links_of(config, how)
     theta, base, retrain = trainers(task, config, how, model.initial()[0])
-    directory = directory_of(config)
-    say(f"run directory: {directory.path}")
-    loss, accuracy = task.judged(theta)
-    slope = float(task.slope(theta, task.ones()).norm())
-    first = {"samples": count, "accuracy": accuracy, "slope": slope}
-    say(f"trained: validation loss {loss:.4g}, accuracy {accuracy:.4f}")
+    with contextlib.closing(directory_of(config)) as directory:
+        say(f"run directory: {directory.path}")
+        loss, accuracy = task.judged(theta)
+        slope = float(task.slope(theta, task.ones()).norm())
+        first = {"samples": count, "accuracy": accuracy, "slope": slope}
+        say(f"trained: validation loss {loss:.4g}, accuracy {accuracy:.4f}")
 
-    looks, doubts = _looks(task, theta, links, how)
-    say(f"estimated for {count} samples in {looks[-1].seconds:.1f} s")
-    predicted = looks[-1].predicted
-    chosen = selected(how, predicted, config.seed)
-    actual = np.empty(len(chosen))
-    for place, change in enumerate(left_out(task, chosen.tolist(), retrain, base)):
-        actual[place] = change
-        if (place + 1) % 10 == 0:
-            say(f"retrained without a sample: {place + 1} of {len(chosen)}")
+        looks, doubts = _looks(task, theta, links, how)
+        say(f"estimated for {count} samples in {looks[-1].seconds:.1f} s")
+        predicted = looks[-1].predicted
+        chosen = selected(how, predicted, config.seed)
+        labels, known = given.dataset.train.y.tolist(), dict[int, float]()
+        listed = functools.partial(
+            influence_report.listed, rows, labels, predicted.numpy(), known
+        )
+        file = directory.path / "influence.csv"
+        # Retraining takes longest: what is known is kept before it and all along.
+        write_atomic(file, influence_report.as_csv(listed()))
+        changes = left_out(task, chosen.tolist(), retrain, base)
+        for sample, change in zip(chosen.tolist(), changes, strict=True):
+            known[sample] = change
+            write_atomic(file, influence_report.as_csv(listed()))
+            if len(known) % 10 == 0:
+                say(f"retrained without a sample: {len(known)} of {len(chosen)}")
 
-    records: list[dict[str, Any]] = [{"round": 0, "loss": loss, "influence": first}]
-    records += _records(config, how, looks, chosen, actual)
-    for record in records:
-        directory.round(record)
-        for callback in callbacks:
-            callback(record)
-    found = influence_report.agreement(predicted[chosen].numpy(), actual)
-    if how.check:
-        doubts += influence_report.disagreement(found)
-    for doubt in doubts:
-        say(f"warning: {doubt}")
-    known = dict(zip(chosen.tolist(), actual.tolist(), strict=True))
-    labels = given.dataset.train.y.tolist()
-    table = influence_report.listed(rows, labels, predicted.numpy(), known)
-    _files(directory.path, table, found if how.check else {}, given)
-    _lists(directory.path / "influence", table, given, say)
-    summary = {
-        "status": "finished",
-        "name": directory.path.name,
-        **summarize(config, records),
-        "influence": {**first, **found, "warnings": doubts},
-        "seconds": time.perf_counter() - began,
-    }
-    say(directory.finish(summary, model.layout.unflatten(theta)))
-    say(influence_report.told(found, len(chosen)))
-    say(f"run directory: {directory.path}")
-    return summary
+        actual = np.array(list(known.values()))
+        records: list[dict[str, Any]] = [{"round": 0, "loss": loss, "influence": first}]
+        records += _records(config, how, looks, chosen, actual)
+        for record in records:
+            directory.round(record)
+            for callback in callbacks:
+                callback(record)
+        found = influence_report.agreement(predicted[chosen].numpy(), actual)
+        if how.check:
+            doubts += influence_report.disagreement(found)
+        for doubt in doubts:
+            say(f"warning: {doubt}")
+        table = listed()
+        _figures(directory.path, table, found if how.check else {}, given)
+        _lists(directory.path / "influence", table, given, say)
+        summary = {
+            "status": "finished",
+            "name": directory.path.name,
+            **summarize(config, records),
+            "influence": {**first, **found, "warnings": doubts},
+            "seconds": time.perf_counter() - began,
+        }
+        say(directory.finish(summary, model.layout.unflatten(theta)))
+        say(influence_report.told(found, len(chosen)))
+        say(f"run directory: {directory.path}")
+        return summary
 
 
 def _looks(
@@ -175,14 +184,13 @@ def _records(
     return records
 
 
-def _files(
+def _figures(
     place: Path,
     table: influence_report.Rows,
     found: influence_report.Agreement,
     given: Setting,
 ) -> None:
-    """Write the list of all samples, and the figures that there is something for."""
-    write_atomic(place / "influence.csv", influence_report.as_csv(table))
+    """Write the figures that there is something for."""
     if found:
         influence_plots.scatter(table, found, place / "influence.png")
     data = given.dataset

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
 
 from app.binding import bind
+from app.compose import compose
 from app.errors import UserError
 from strategies.faults import Faults
 from strategies.gossip import Gossip
@@ -28,6 +31,7 @@ def check_estimate(config: Config) -> None:
         )
     if config.program is not None:
         raise UserError(f"{what} and program={config.program}: one of the two")
+    _check_unread(config, what, isinstance(how, Influence))
     if isinstance(how, Influence):
         _check_influence(config, how, what)
         return
@@ -40,6 +44,22 @@ def check_estimate(config: Config) -> None:
             f"{what}: the outer cost needs samples that clients do not train on; "
             "use client_test=0.5"
         )
+
+
+def _check_unread(config: Config, what: str, trains: bool) -> None:
+    """Raise UserError for settings that were given and that no estimate reads."""
+    plain, _ = compose((f"optimizer={config.optimizer.name}",))
+    local, options = config.local, config.optimizer.options
+    given: dict[str, Any] = {
+        "checkpoint_every": config.checkpoint_every,
+        **{f"local.{n}": getattr(local, n) for n in ("epochs", "steps", "clip")},
+    }
+    if not trains:
+        given["client_validation"] = config.client_validation
+        given |= {f"optimizer.{name}": value for name, value in options.items()}
+    for key, value in given.items():
+        if value != OmegaConf.select(plain, key):
+            raise UserError(f"{key}={value}: {what} does not read it; leave it out")
 
 
 def _check_influence(config: Config, how: Influence, what: str) -> None:

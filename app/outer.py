@@ -21,6 +21,7 @@ from app.config import Config
 from app.errors import UserError
 from app.exchange import exchange, gather
 from app.personal_check import settings
+from app.summary import cost
 from strategies.bilevel import Bilevel
 from strategies.federation import Federation
 from strategies.hyper_wire import SCORES, Told
@@ -129,7 +130,7 @@ class Outer:
             "step": self.steps,
             "best": self.best.get("round"),
         }
-        self._enter(record, told, found)
+        self._enter(record, told, found, stepped=not last)
         measured, so_far = found.get("accuracy_mean", math.nan), found["best"]
         parts = [f"round {round_}: own models {measured:.4f}"]
         parts.append(
@@ -274,7 +275,9 @@ class Outer:
             for k in told.lost:
                 self.level.ledger.pop(k, None)
 
-    def _enter(self, record: dict[str, Any], told: Told, found: dict[str, Any]) -> None:
+    def _enter(
+        self, record: dict[str, Any], told: Told, found: dict[str, Any], stepped: bool
+    ) -> None:
         """Enter what was told, and what it cost, into the record of a round."""
         sides = {"down": told.down, "up": told.up}
         record["personal"] = {
@@ -289,6 +292,9 @@ class Outer:
             "link_messages": told.link_messages,
             "link_bytes": told.link_bytes,
         }
+        if stepped:
+            record["personal"]["cost"] = cost(told, record)
+            record["seconds"]["step"] = told.seconds
         for side, sent in sides.items():
             record["bytes"][side]["hyper"] = sum(sent.values())
         record["seconds"]["hyper"] = told.seconds

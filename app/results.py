@@ -192,7 +192,7 @@ def cells(
     told = focus is not None and all("spent_to" in run for run in every)
     head += [f"{unit} to {sign} {focus:g}" for unit in ("MB", "s") if told]
     # What validation has chosen has no best: that would be chosen by what is told.
-    few = _wide(metric) or "chosen" in metric
+    few = _wide(metric) or "chosen" in metric or "/cost/" in metric
     ends = ["final"] if few else ["final", "best"]
     head += [f"{end} {metric}" for end in ends]
     head += ["median (least to largest)"] if _wide(metric) else []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from app.config import Config
 from strategies.acceptance import SCORES
+from strategies.hyper_wire import Told
 
 
 def line(record: dict[str, Any], rounds: int, pace: float) -> str:
@@ -128,3 +129,17 @@ def training_block(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     told = [r["metrics"] for r in rows if "metrics" in r]
     names = told[0] if told else ()
     return {name: sum(t[name] for t in told) / len(told) for name in names}
+
+
+def cost(told: Told, record: Mapping[str, Any]) -> dict[str, float]:
+    """Return what an estimate has cost, in rounds of training like the one before it."""
+    sides = [told.down, told.up, *record["bytes"].values()]
+    down, up, *rounds = (sum(sent.values()) for sent in sides)
+    pairs = {
+        # An exchange asks every node once, as a round does.
+        "messages": (told.exchanges, 1),
+        "bytes": (down + up, sum(rounds)),
+        "gradients": (told.gradients, record["gradients"]),
+        "link_bytes": (told.link_bytes, record["strategy"].get("link_bytes", 0)),
+    }
+    return {name: mine / one for name, (mine, one) in pairs.items() if one}

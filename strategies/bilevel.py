@@ -167,7 +167,7 @@ class Bilevel:
             q = q.expand(self._count, d).contiguous()
         for k in range(self.how.power_steps):
             products, answered = self._exchange("curvature", k, clients, q)
-            if len(answered) < len(clients) or not clients:
+            if len(answered) < self._count or not clients:
                 log(WARNING, "personal.alpha: not checked now, as some do not answer")
                 return False
             z = self._mean(products, None)

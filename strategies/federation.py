@@ -122,7 +122,10 @@ class Federation(Strategy):
         self.server |= theta
         self.roster.call(grid)
         cohort = self.roster.draw(server_round, self.per_round)
-        due = self.evaluate_every and (server_round - 1) % self.evaluate_every == 0
+        t = server_round - 1
+        due = self.evaluate_every and t % self.evaluate_every == 0
+        # A model that begins anew would be judged untrained.
+        due = due and not self.since == t > 0
         return self._messages(
             server_round,
             cohort,

@@ -134,6 +134,7 @@ class Relay(Strategy):
         why = "its reply came too late (faults.straggle)"
         self.round.failed |= {k: why for k in training if late[k]}
         due = self.evaluate_every and t % self.evaluate_every == 0
+        due = due and not self.since == t > 0  # as with a server
         return self._messages(
             [k for k in training if not late[k]],
             self._evaluators(training) if due else [],

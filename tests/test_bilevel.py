@@ -315,6 +315,14 @@ def test_what_an_estimate_sends_counts_in_the_runs_total(run: Door) -> None:
     own = ["personal=hgp", "personal.every=3", "personal.depth=4"]
     result = run(*given, *own, "personal.power_steps=0")
     vector = 8 * len(result.theta)
+    record, last = result.records[3], result.records[4]
+    cost = record["personal"]["cost"]
+    assert cost["messages"] == 5 and "cost" not in last["personal"]
+    sent = {k: sum(record["bytes"][k].values()) for k in ("down", "up")}
+    mine = sum(record["bytes"][k]["hyper"] for k in ("down", "up"))
+    assert cost["bytes"] == mine / (sum(sent.values()) - mine)
+    passes = record["gradients"] / last["gradients"] - 1
+    assert cost["gradients"] == pytest.approx(passes)
     # Down to the node go M + 1 models, M vectors z and a model to measure at the end; M sums of u
     # come up.
     for side, vectors in (("bytes_down", 10), ("bytes_up", 4)):
@@ -470,11 +478,18 @@ def test_a_step_that_was_left_out_is_entered_once(run: Door) -> None:
     assert records[2]["gradients"] == records[3]["gradients"]
 
 
-def test_inner_training_that_begins_anew_repeats_itself(run: Door) -> None:
+@pytest.mark.parametrize("inner", [("strategy=feddyn",), NETWORK])
+def test_inner_training_that_begins_anew_repeats_itself(
+    run: Door, inner: tuple[str, ...]
+) -> None:
     # With a rate of almost nothing the second inner training is the first.
-    given = [*PLAIN, "strategy=feddyn", "personal=hgp", "personal.start=cold"]
+    given = [*PLAIN, *inner, "personal=hgp", "personal.start=cold"]
     few = "personal.every=2", "rounds=4", "personal.depth=1", "personal.lr=1e-300"
-    records = run(*given, *few).records
+    still = () if inner[0] == "strategy=feddyn" else ("topology=complete",)
+    records = run(*given, *few, *still).records
+    # Nobody judges the model that the second begins with.
+    told = ["accuracy_mean" in record["clients"] for record in records[1:]]
+    assert told == [True, True, False, True]
     for first, second in pairwise([records[1:3], records[3:5]]):
         assert [r["loss"] for r in first] == [r["loss"] for r in second]
 
@@ -785,9 +800,13 @@ def test_a_node_that_goes_before_a_step_is_waited_for(
         return found
 
     monkeypatch.setattr(Rounds, "take", taken)
-    given = (*GIVEN, "strategy=fedavg", "min_replies=6", "attempts=2", "rounds=2")
+    given = (*GIVEN, "attempts=2", "rounds=2", "deadline=0.2")
     with pytest.raises(UserError, match="min_replies=6 replies to its outer step in 2"):
-        run(*given, "deadline=0.2", grid=kept)
+        run(*given, "strategy=fedavg", "min_replies=6", grid=kept)
+    # Over a network alpha is not held against the curvature of those who are there.
+    told = run(*given, *NETWORK, grid=kept).records[1]["personal"]
+    assert told["moved"] == 3
+    assert told["largest_eigenvalue"] is None
 
 
 def test_what_is_lost_begins_anew(run: Door) -> None:
@@ -906,6 +925,11 @@ def test_training_alone_counts_once(run: Door) -> None:
         (("personal.alpha=0",), "personal.alpha=0.*greater than 0"),
         (("personal.depth=0",), "personal.depth=0.*greater than or equal to 1"),
         (("personal.pushes=0",), "personal.pushes=0.*greater than or equal to 1"),
+        (("personal.pushes=2", "strategy=fedavg"), "pushes=2: a server's averages are"),
+        (
+            ("personal.start=cold", "stop.patience=3"),
+            "stop.patience: with personal.start=cold",
+        ),
         (("personal.learners=3",), "learners=3 without the family mixture"),
         (
             ("personal.families=[mixture]", "personal.learners=1"),

@@ -258,6 +258,15 @@ def door(
         # What has no rounds, and settings that are about rounds.
         (["program=two_rounds", "privacy=local"], ["privacy=local", "as it is"]),
         (["program=two_rounds", "resume=auto"], ["resume=auto", "no rounds"]),
+        (
+            [*ESTIMATE, "optimizer.weight_decay=0.1"],
+            ["optimizer.weight_decay=0.1: estimate=hypergrad does not read it"],
+        ),
+        ([*ESTIMATE, "client_validation=0.1"], ["client_validation=0.1: estimate="]),
+        (
+            ["experiment=influence_digits", "local.clip=1"],
+            ["local.clip=1.0: estimate=influence does not read it"],
+        ),
         ([*ESTIMATE, "stop.patience=3"], ["stop: estimate=hypergrad", "leave it out"]),
         # A value that cannot be.
         (["strategy.alpha=0"], ["strategy.alpha=0", "greater than 0"]),

@@ -462,6 +462,14 @@ def test_a_run_records_every_step(run: Callable[..., Result]) -> None:
     ]
 
 
+def test_a_run_keeps_what_speaks_against_its_alpha(run: Callable[..., Result]) -> None:
+    given = ("experiment=hypergrad_error", "data.test_samples=5", "rounds=1")
+    far = run("topology=complete", "estimate.alpha=1000", quick=given)
+    (doubt,) = far.summary["hypergradient"]["warnings"]
+    assert "alpha=1000 is too large" in doubt
+    assert f"warning: {doubt}" in far.lines
+
+
 def test_flower_is_told_that_it_runs_in_one_process() -> None:
     given = ("experiment=hypergrad_error", "rounds=1")
     with pytest.raises(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from sklearn.metrics import r2_score
 from torch import Tensor
 
-from app import influence_plots
+from app import influence, influence_plots
 from app.errors import UserError
 from app.experiment import run_local
 from app.influence_report import (
@@ -282,6 +283,21 @@ def test_a_run_lists_every_sample_of_every_client(run: Callable[..., Result]) ->
     assert (found.path / "influence.png").stat().st_size > 10_000
     assert not (found.path / "samples.png").exists()
     assert any("R2" in line for line in found.lines)
+
+
+def test_what_is_known_is_kept_while_retraining(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def two(*_: Any) -> Iterator[float]:
+        yield from (0.5, -0.5)
+        raise UserError("this one has no minimizer")
+
+    monkeypatch.setattr(influence, "left_out", two)
+    with pytest.raises(UserError, match="no minimizer"):
+        run("name=half", quick=TOY)
+    rows = table(tmp_path / "runs" / "half")
+    assert len(rows) == 300 and all(r["predicted"] for r in rows)
+    assert sorted(float(r["actual"]) for r in rows if r["actual"]) == [-0.5, 0.5]
 
 
 def test_the_minimizer_and_the_server_in_a_run(run: Callable[..., Result]) -> None:
