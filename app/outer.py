@@ -285,6 +285,7 @@ class Outer:
             "moved": len(told.moved),
             "failed": {str(k): why for k, why in sorted(told.failed.items())},
             "largest_eigenvalue": told.largest,
+            **({} if told.residual is None else {"residual": told.residual}),
             "warnings": told.warnings,
             "exchanges": told.exchanges,
             "messages": told.messages,

@@ -84,6 +84,17 @@ def check_personal(config: Config) -> None:
             "stop.patience: with personal.start=cold the model begins anew after each outer step, "
             "which patience takes for a model that does not improve; leave it out"
         )
+    if how.method != "push":
+        if isinstance(built, Gossip):
+            raise UserError(
+                f"personal.method={how.method}: needs exact averages; use a strategy with a "
+                "server, or personal.method=push"
+            )
+        if how.batch:
+            raise UserError(
+                f"personal.method={how.method}: needs all samples in every product; use "
+                "personal.batch=0"
+            )
     if how.pushes > 1 and not isinstance(built, Gossip):
         raise UserError(
             f"personal.pushes={how.pushes}: a server's averages are exact in one; leave it out"

@@ -133,8 +133,9 @@ def training_block(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def cost(told: Told, record: Mapping[str, Any]) -> dict[str, float]:
     """Return what an estimate has cost, in rounds of training like the one before it."""
-    sides = [told.down, told.up, *record["bytes"].values()]
-    down, up, *rounds = (sum(sent.values()) for sent in sides)
+    # Of a run that goes on after its end, clients may have measured before this.
+    sent = [{**kinds, "hyper": 0} for kinds in record["bytes"].values()]
+    down, up, *rounds = (sum(kinds.values()) for kinds in (told.down, told.up, *sent))
     pairs = {
         # An exchange asks every node once, as a round does.
         "messages": (told.exchanges, 1),

@@ -17,6 +17,13 @@ estimate: its l_i stays, u_i = z_i stands for it (0 at the start), and the other
 fewer than ``min_replies`` answer, those whose nodes were silent are asked again, for the same
 version: what they did the first time leaves no trace.
 
+Conjugate gradients, with a server, take the place of the series: z = y / alpha, where H y is the
+mean of u, and H's products are exchanges of their own, of which clients keep nothing:
+
+    start   down  x              up  u_i                         kept  v_i = (1/n) dF_i/dl_i
+            down  x, p           up  H_i p                       at most M times
+    M       down  x, y / alpha                                   kept  v_i - J_i' y, then l_i
+
 The check of alpha is hypergrad.py's power iteration, before the first estimate in which all answer.
 """
 
@@ -35,11 +42,10 @@ from torch import Tensor
 from strategies.acceptance import add_bytes
 from strategies.federation import Federation
 from strategies.gossip import solver_of
+from strategies.hyper_products import check, solved
 from strategies.hyper_wire import Told
-from strategies.hypergrad import doubt
 from strategies.personalize import Personalize
 from strategies.pushsum import average
-from strategies.randomness import normals
 from strategies.relay import Relay
 from strategies.wire import Refused, pack, weigh
 
@@ -66,6 +72,10 @@ class Bilevel:
         the first exchange.
     ledger : dict of int to int
         The version of each client's memory that counts; training and evaluation name it too.
+    told : Told
+        What the estimate that goes on has come to.
+    count : int
+        n: of the network, or of those who are there.
     """
 
     def __init__(self, federation: Federation | Relay, how: Personalize) -> None:
@@ -74,7 +84,8 @@ class Bilevel:
         self.ledger: dict[int, int] = {}
         federation.hyper = self.ledger
         self.checked = False
-        self._told, self._round, self._t = Told(), 0, 0
+        self.told, self.count = Told(), 0
+        self._round = self._t = 0
         self.ask: Exchange
         self.again: Again
 
@@ -83,7 +94,7 @@ class Bilevel:
     def look(self, round_: int) -> Told:
         """Let the clients measure the models and hyper-parameters after a round."""
         self._open(round_)
-        self._exchange("look", 0, self._clients(), None)
+        self.exchange("look", 0, self._clients(), None)
         return self._closed()
 
     def estimate(self, round_: int, best: Callable[[Told], bool]) -> Told:
@@ -99,38 +110,42 @@ class Bilevel:
         """
         self._open(round_)
         how, clients = self.how, self._clients()
-        if how.power_steps and not self.checked:
-            self.checked = self._check(clients)
+        series = how.method == "push"
+        if series and how.power_steps and not self.checked:
+            self.checked = check(self, clients)
             # Who missed only the check takes part in what follows as if there had been none.
-            self._told.failed = {k: self._told.failed[k] for k in self._told.lost}
-            clients = [k for k in clients if k not in self._told.failed]
-        u, clients = self._exchange("start", 0, clients, None)
-        keeps, z = best(self._told), None
+            self.told.failed = {k: self.told.failed[k] for k in self.told.lost}
+            clients = [k for k in clients if k not in self.told.failed]
+        u, clients = self.exchange("start", 0, clients, None)
+        keeps, z = best(self.told), None
+        if not series:
+            self.told.moved = solved(self, self.mean(u, None), clients, keeps)
+            return self._closed()
         for m in range(1, how.depth + 1):
             if not clients:
                 break
-            z = self._mean(u, z)
+            z = self.mean(u, z)
             what = "step" if m == how.depth else "push"
-            u, clients = self._exchange(what, m, clients, z, keeps and m == 1)
-        self._told.moved = clients
+            u, clients = self.exchange(what, m, clients, z, keeps and m == 1)
+        self.told.moved = clients
         return self._closed()
 
     def settle(self, round_: int) -> Told:
         """Let the clients return to what they had when it was best."""
         self._open(round_)
         # After the last step of an estimate, whose version may have been of this round.
-        self._exchange("settle", self.how.depth + 1, self._clients(), None)
+        self.exchange("settle", self.how.depth + 1, self._clients(), None)
         return self._closed()
 
     # How.
 
     def _open(self, round_: int) -> None:
-        self._told, self._round, self._t = Told(), round_, round_
+        self.told, self._round, self._t = Told(), round_, round_
         self._began = time.perf_counter()
 
     def _closed(self) -> Told:
-        self._told.seconds = time.perf_counter() - self._began
-        return self._told
+        self.told.seconds = time.perf_counter() - self._began
+        return self.told
 
     def _clients(self) -> list[int]:
         attempt, least = 0, self.federation.min_replies
@@ -138,7 +153,7 @@ class Bilevel:
             attempt += 1
             self.again(attempt)
         relay = self._relay()
-        self._count = relay.network.n if relay else len(found)
+        self.count = relay.network.n if relay else len(found)
         return found
 
     def _relay(self) -> Relay | None:
@@ -154,57 +169,30 @@ class Bilevel:
         everyone = [roster.samples[k] for k in roster.trainable()]
         return [roster.samples[k] * len(everyone) / sum(everyone) for k in clients]
 
-    def _check(self, clients: list[int]) -> bool:
-        """Look for the mean Hessian's largest eigenvalue, and warn of an alpha too large for it.
-
-        Return whether all have answered: without some of them it would come out too small.
-        """
-        theta = self.federation.server["theta"]
-        seed, d = self.federation.roster.seed, len(theta)
-        q = normals(seed, "eigenvalue", 0, [0], 0, d)[0].to(theta)
-        q, found = q / q.norm(), theta.new_zeros(1)
-        if self.each:
-            q = q.expand(self._count, d).contiguous()
-        for k in range(self.how.power_steps):
-            products, answered = self._exchange("curvature", k, clients, q)
-            if len(answered) < self._count or not clients:
-                log(WARNING, "personal.alpha: not checked now, as some do not answer")
-                return False
-            z = self._mean(products, None)
-            found = (q * z).sum(-1)
-            q = z / z.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
-        self._told.largest = float(found.max())
-        if why := doubt(self.how.alpha, found):
-            self._told.warnings.append(f"personal.alpha: {why}")
-            log(WARNING, "personal.alpha: %s", why)
-        return True
-
-    def _mean(
-        self, parts: Mapping[tuple[int, ...], Tensor], z: Tensor | None
-    ) -> Tensor:
+    def mean(self, parts: Mapping[tuple[int, ...], Tensor], z: Tensor | None) -> Tensor:
         """Return the mean of u, (d,), or every client's estimate of it, (n, d).
 
         ``z`` stands for those of whom there is no u; None is zero.
         """
         theta = self.federation.server["theta"]
         if relay := self._relay():
-            rows = theta.new_zeros(self._count, len(theta)) if z is None else z.clone()
+            rows = theta.new_zeros(self.count, len(theta)) if z is None else z.clone()
             for clients, block in parts.items():
                 rows[list(clients)] = block.view(len(clients), -1)
             mixed, sent = average(relay.network, rows.numpy(), self._t, self.how.pushes)
             self._t += self.how.pushes
-            self._told.link_messages += sent
-            self._told.link_bytes += sent * (rows.itemsize * len(theta) + 8)
+            self.told.link_messages += sent
+            self.told.link_bytes += sent * (rows.itemsize * len(theta) + 8)
             return torch.from_numpy(mixed)
         total = torch.zeros(len(theta), dtype=torch.float64)
-        left = self._count
+        left = self.count
         for clients, block in parts.items():
             total, left = total + block, left - len(clients)
         if z is not None:
             total += left * z
-        return (total / self._count).to(theta.dtype)
+        return (total / self.count).to(theta.dtype)
 
-    def _exchange(
+    def exchange(
         self,
         what: str,
         step: int,
@@ -215,7 +203,7 @@ class Bilevel:
         """Ask clients, and return what they sent, by clients, and who answered."""
         parts: dict[tuple[int, ...], Tensor] = {}
         enough = min(self.federation.min_replies, len(clients))
-        self._told.exchanges += 1
+        self.told.exchanges += 1
         attempt, silent = 0, dict.fromkeys(clients, "its node is gone")
         while silent:
             silent = self._attempt(what, step, sorted(silent), z, best, parts)
@@ -223,10 +211,10 @@ class Bilevel:
             if len(clients) - len(silent) >= enough:
                 break
             self.again(attempt)
-        self._told.failed |= silent
-        fine = [k for k in clients if k not in self._told.failed]
+        self.told.failed |= silent
+        fine = [k for k in clients if k not in self.told.failed]
         samples = self.federation.roster.samples
-        self._told.gradients += sum(self.how.gradients(what, samples[k]) for k in fine)
+        self.told.gradients += sum(self.how.gradients(what, samples[k]) for k in fine)
         if what in ("start", "push", "step", "settle"):
             self.ledger |= dict.fromkeys(fine, self._version(step))
         # In the clients' order, whichever attempt they answered: sums have the same bits.
@@ -247,15 +235,15 @@ class Bilevel:
         present = [k for k in clients if k in hosts]
         messages, asked = self._messages(what, step, present, z, best)
         name = f"{self._round}.{what}.{step}"
-        self._told.messages += len(messages)
+        self.told.messages += len(messages)
         replies = sorted(
             self.ask(messages), key=lambda r: asked.get(r.metadata.src_node_id, [])[:1]
         )
         for reply in replies:
             mine = asked.pop(reply.metadata.src_node_id, None)
-            self._told.messages += 1
+            self.told.messages += 1
             try:
-                told, up = self._told.accept(
+                told, up = self.told.accept(
                     reply, name, mine, len(theta), theta.dtype, self.each
                 )
             except Refused as error:
@@ -290,7 +278,7 @@ class Bilevel:
                 "version": self._version(step),
                 "at": self._round * self.how.exchanges + step,
                 "keep": (federation.keep + 1) * self.how.exchanges - 1,
-                "total": self._count,
+                "total": self.count,
                 "shares": [shares[k] for k in mine],
                 "best": int(best),
                 **federation.place(),
@@ -299,7 +287,7 @@ class Bilevel:
             if z is not None:
                 down["z"] = z[mine].reshape(-1) if self.each else z
             content = RecordDict({"down": pack(down), "order": ConfigRecord(order)})
-            add_bytes(self._told.down, weigh(content))
+            add_bytes(self.told.down, weigh(content))
             group = f"{self._round}.{what}.{step}"
             messages.append(Message(content, node, HYPER, group_id=group))
             asked[node] = mine

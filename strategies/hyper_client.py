@@ -2,9 +2,10 @@
 
     start      u_i = (1/n) dF_i/dx                  v_i = (1/n) dF_i/dl_i
     push m     u_i = z_i - alpha w_i H_i z_i        v_i <- v_i - alpha w_i J_i' z_i
-    curvature  w_i H_i q_i, for the power iteration
+    curvature  w_i H_i q_i, for the power iteration and conjugate gradients
 
-w_i is the client's weight in the inner cost, with a mean of one. `bilevel.py` has the other half.
+Damping is part of H_i. w_i is the client's weight in the inner cost, with a mean of one.
+`bilevel.py` has the other half.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Member:
             curved = work.hessian(z[None], "x", m)
         else:
             curved, (cross,) = work.both(z[None], "cross", m)
-        return z - scale * curved[0], self.memory | {
+        return z - scale * (curved[0] + self.how.damping * z), self.memory | {
             "v": self.memory["v"] - scale * cross
         }
 
@@ -89,7 +90,7 @@ class Member:
     def curvature(self, q: Tensor, k: int) -> Tensor:
         """Return the product of its Hessian, in its weight, with a vector."""
         curved = self._work(self._draw()).hessian(q[None], "eigenvalue", k)
-        return self.share * curved[0]
+        return self.share * (curved[0] + self.how.damping * q)
 
     def _work(self, draw: Draw | None) -> Products:
         x, lam = self.theta[None], (self.memory["l"],)

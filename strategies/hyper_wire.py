@@ -40,6 +40,8 @@ class Told:
         Those of them whose memory is not there any more.
     largest : float or None
         The largest eigenvalue of the mean Hessian that a client found, if it was looked for.
+    residual : float or None
+        What conjugate gradients have left of g, relative to it.
     warnings : list of str
         What speaks against the settings.
     exchanges, messages : int
@@ -60,6 +62,7 @@ class Told:
     failed: dict[int, str] = field(default_factory=dict)
     lost: list[int] = field(default_factory=list)
     largest: float | None = None
+    residual: float | None = None
     warnings: list[str] = field(default_factory=list)
     exchanges: int = 0
     messages: int = 0

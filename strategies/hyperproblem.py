@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from strategies.conjugate import solve
+
 #: Hyper-parameters, or derivatives by them: a vector (p_i,) for each client.
 Lambdas = tuple[Tensor, ...]
 #: ``draw(purpose, k)`` gives the k-th batches of a purpose, in whatever form the cost takes them.
@@ -135,20 +137,15 @@ def conjugate_gradients(
 ) -> Found:
     """Return the hyper-gradients by conjugate gradients, where there is a server.
 
-    The server solves H y = g with one exact average of H_i p an iteration, then sends y to all:
-    v_i = (1/n) (dF_i/dl_i - J_i' y). At most d iterations in exact arithmetic, about
-    sqrt(condition) where HGP takes condition many; a network's inexact averages would break the
-    conjugacy, so there is no such version of it.
+    The server solves H y = g with one exact average of H_i p an iteration (`conjugate.solve`), then
+    sends y to all: v_i = (1/n) (dF_i/dl_i - J_i' y).
 
     Parameters
     ----------
     problem : Problem
         Without batches: the iteration needs the same H throughout.
-    steps : int
-        At most so many iterations.
-    tolerance : float
-        Ends where the residual is so small beside g, as far as the numbers can tell. Directions
-        without curvature, such as softmax does not know, are left alone.
+    steps, tolerance : int, float
+        When it ends (see `conjugate.solve`).
 
     Raises
     ------
@@ -166,36 +163,14 @@ def conjugate_gradients(
         )
     products, n = Products(problem), len(problem.x)
     by_x, by_lambda = products.outer()
-    residual = by_x.mean(0)
-    y, p, square = torch.zeros_like(residual), residual, residual @ residual
-    if not square.isfinite():
-        raise ValueError("the slope of the outer cost is not finite")
-    eps, top = torch.finfo(residual.dtype).eps, 0.0
-    start, goal, exchanges = square, square * max(tolerance, 10 * eps) ** 2, 1
-    for _ in range(steps):
-        if square <= goal:
-            break
-        curved = products.hessian(p.expand(n, -1).contiguous(), "", 0).mean(0)
-        exchanges += 1
-        bend = p @ curved
-        curvature = float(bend / (p @ p))
-        top = max(top, curvature)
-        flat = top * eps**0.75
-        if not curvature > flat:  # or NaN
-            if -flat < curvature:  # what is left of the residual may be rounding
-                break
-            raise ValueError(
-                f"the mean Hessian is not positive definite (p'Hp = {float(bend):.3g}): the "
-                "models are not at a minimum"
-            )
-        y = y + square / bend * p
-        residual = residual - square / bend * curved
-        before, square = square, residual @ residual
-        p = residual + square / before * p
-    if not square <= goal:
-        left = float((square / start).sqrt())
+
+    def product(p: Tensor) -> Tensor:
+        return products.hessian(p.expand(n, -1).contiguous(), "", 0).mean(0)
+
+    y, iterations, left, done = solve(product, by_x.mean(0), steps, tolerance)
+    if not done:
         warnings.warn(
-            f"conjugate gradients ended after {exchanges - 1} iterations with a residual of "
+            f"conjugate gradients ended after {iterations} iterations with a residual of "
             f"{left:.1e} beside g: more of them are needed, or some damping",
             RuntimeWarning,
             stacklevel=2,
@@ -205,6 +180,7 @@ def conjugate_gradients(
     if not all(bool(part.isfinite().all()) for part in v):
         raise ValueError("the hyper-gradients are not finite")
     # Each client's part of g goes up, p down and H_i p up in an iteration, y down at the end.
+    exchanges = iterations + 1
     messages = n * 2 * exchanges
     return Found(v, exchanges, messages, messages * y.numel() * y.element_size())
 

@@ -80,6 +80,10 @@ class Personalize(HGP):
         Which (see `FAMILIES`).
     learners : int or None
         K, of the mixture; None is 3 with one, and 1 without.
+    method : {"push", "conjugate_gradients"}
+        The Neumann series, or with a server at most ``depth`` iterations of conjugate gradients.
+    damping : float
+        Added to the eigenvalues of the Hessian, which the estimate alone sees.
     alone : int or None
         Epochs of a client's training alone, for the interpolation; None is 20 with it.
     gamma : float or dict of str to float
@@ -99,6 +103,8 @@ class Personalize(HGP):
     """
 
     families: tuple[Kind, ...] = ("class_weights",)
+    method: Literal["push", "conjugate_gradients"] = "push"
+    damping: Annotated[float, Ge(0), Lt(float("inf"))] = 0.0
     learners: Annotated[int, Ge(1)] | None = None
     alone: Annotated[int, Ge(1)] | None = None
     gamma: Each = 0.0

@@ -24,13 +24,13 @@ from app.judging import WORST
 from app.local_grid import LocalGrid
 from app.rounds import Rounds
 from app.run import Run
-from strategies import bilevel
+from strategies import hyper_products
 from strategies.bilevel import Bilevel
 from strategies.families import Own
 from strategies.hyper_client import Member
 from strategies.hyper_wire import SCORES
-from strategies.hypergrad import hypergradients
-from strategies.hyperproblem import Lambdas, Problem
+from strategies.hypergrad import HGP, hypergradients
+from strategies.hyperproblem import Lambdas, Problem, conjugate_gradients
 from strategies.network import Network
 from strategies.personal_objective import PersonalObjective
 from strategies.randomness import permutations
@@ -40,7 +40,7 @@ from strategies.wire import decode, pack
 
 Door = Callable[..., Result]
 F64 = torch.float64
-#: Six clients with mixed classes and a logistic regression, in float64.
+#: Six clients with mixed classes and a small network, in float64.
 PLAIN = (
     "partition=dirichlet",
     "partition.alpha=1",
@@ -62,7 +62,7 @@ NETWORK = ("strategy=pushsum", "topology=stochastic_directed", "strategy.judge=o
 
 
 #: What of a record of an outer step counts messages.
-COUNTED = ("messages", "bytes", "exchanges")
+COUNTED = ("messages", "bytes", "exchanges", "cost")
 
 
 class Kept:
@@ -190,6 +190,69 @@ def test_messages_give_the_estimate_of_one_process(
     for lam, v, own in zip(kept.all("l"), found, owns, strict=True):
         large, there = v.abs() > 1e-5, whole.admitted(-0.1 * v.sign(), own)
         assert torch.allclose(lam[large], there[large], rtol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["push", "conjugate_gradients"])
+def test_a_damped_estimate_with_a_server_is_that_of_one_process(
+    run: Door, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    seen, kept, tasks = Seen(monkeypatch), Kept(), list[Run]()
+    given = "strategy=fedavg", "strategy.weighting=uniform", "personal.damping=0.05"
+    given = (*given, "model.hidden=[]")
+    many = "personal.depth=60", f"personal.method={method}", "personal.alpha=0.3"
+    result = run(*GIVEN, *given, *many, "rounds=2", grid=kept, edit=tasks.append)
+    goal = tasks[0].objective
+    assert isinstance(goal, PersonalObjective)
+    owns = [
+        own_of(tasks[0].setting.samples(k), tasks[0].outer.level.how) for k in range(6)
+    ]
+    plain = goal.task.problem(owns, seen.models[0], (goal.zeros(0),) * 6)
+
+    def damped(x: Tensor, lambdas: Lambdas, drawn: Any) -> Tensor:
+        return plain.inner(x, lambdas, drawn) + 0.025 * x.square().sum(1)
+
+    problem = replace(plain, inner=damped)
+    if method == "push":
+        series = HGP(depth=60, alpha=0.3)
+        expected = hypergradients(problem, Network(6, 0, complete(6, 0)), series)
+    else:
+        expected = conjugate_gradients(problem, steps=60)
+        told = result.records[1]["personal"]
+        # The outer cost's, the products and the step.
+        assert told["exchanges"] == expected.exchanges + 1 < 40
+        assert told["residual"] < 1e-10
+    for found, v in zip(kept.all("v"), expected.v, strict=True):
+        torch.testing.assert_close(found, v, rtol=0, atol=1e-10)
+        assert float(found.abs().max()) > 1e-4
+
+
+def test_conjugate_gradients_begin_anew_without_those_who_fall_silent(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept()
+    method = "personal.method=conjugate_gradients", "personal.damping=0.05"
+    method = (*method, "model.hidden=[]")
+    given = (*GIVEN, *method, "strategy=fedavg", "personal.depth=60", "rounds=2")
+    monkeypatch.setattr(outer, "exchange", losing("1.curvature.3"))
+    told = run(*given, grid=kept).records[1]["personal"]
+    assert told["moved"] == 3 and told["residual"] < 1e-10
+    assert set(told["failed"].values()) == {"no reply before the deadline"}
+    still = [k for k, lam in enumerate(kept.all("l")) if not lam.any()]
+    assert [str(k) for k in still] == list(told["failed"])
+
+
+def test_conjugate_gradients_take_no_step_where_the_hessian_is_not_positive(
+    run: Door,
+) -> None:
+    kept = Kept()
+    given = (*GIVEN, "strategy=fedavg", "personal.method=conjugate_gradients")
+    few = "model=mlp", "model.hidden=[8]", "personal.depth=60", "rounds=2"
+    result = run(*given, *few, grid=kept)
+    told = result.records[1]["personal"]
+    assert told["moved"] == 0
+    (why,) = told["warnings"]
+    assert "no step, the mean Hessian is not positive definite" in why
+    assert not any(lam.any() for lam in kept.all("l"))
 
 
 def test_an_estimate_after_a_step_sees_what_each_client_has(
@@ -509,7 +572,9 @@ def test_an_alpha_that_is_too_large_is_told_and_training_samples_may_serve(
     run: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr(bilevel, "log", lambda _, text, *of: told.append(text % of))
+    monkeypatch.setattr(
+        hyper_products, "log", lambda _, text, *of: told.append(text % of)
+    )
     given = "strategy=fedavg", "personal.outer=train", "client_validation=0"
     result = run(*GIVEN, *given, "personal.alpha=1000", "personal.depth=1", "rounds=2")
     first, last = (r["personal"] for r in result.records[1:])
@@ -925,6 +990,14 @@ def test_training_alone_counts_once(run: Door) -> None:
         (("personal.alpha=0",), "personal.alpha=0.*greater than 0"),
         (("personal.depth=0",), "personal.depth=0.*greater than or equal to 1"),
         (("personal.pushes=0",), "personal.pushes=0.*greater than or equal to 1"),
+        (
+            (*NETWORK, "personal.method=conjugate_gradients"),
+            "method=conjugate_gradients: needs exact averages",
+        ),
+        (
+            ("personal.method=conjugate_gradients", "personal.batch=8"),
+            "needs all samples in every product; use personal.batch=0",
+        ),
         (("personal.pushes=2", "strategy=fedavg"), "pushes=2: a server's averages are"),
         (
             ("personal.start=cold", "stop.patience=3"),
