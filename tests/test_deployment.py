@@ -21,7 +21,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import Result
+from conftest import Result, found
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from jobs import JOB, Job, Lively, two_nodes
@@ -34,6 +34,7 @@ from app.deployment import MARK, Deployment
 from app.errors import UserError
 from app.peaks import Peaks, peak
 from app.processes import end_all, free_ports, marked
+from app.records import read_summary
 
 pytestmark = [
     pytest.mark.flower,
@@ -279,6 +280,29 @@ def test_kill_9_and_the_model_is_the_undisturbed_one(
     assert [r["round"] for r in result.records] == [0, 1, 2]
     assert all(r["checks"]["memory_gap"] < 1e-5 for r in result.records[1:])
     assert torch.equal(result.theta, run(*given, "processes=0", quick=()).theta)
+
+
+@pytest.mark.long
+def test_the_command_runs_a_job_to_its_end(tmp_path: Path, run: Door) -> None:
+    """From nothing to the tables, on files of the clients' own samples."""
+    given = ["nodes=2", "rounds=2", "local.epochs=1", "model.hidden=[8]"]
+    command = [sys.executable, "-m", "app.deploy", "--memory", *given]
+    ended = subprocess.run(
+        [*command, f"output_dir={tmp_path}"],
+        cwd=CONF.parent,
+        capture_output=True,
+        text=True,
+        timeout=230,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (path,) = re.findall(r"^run directory: (.*)$", ended.stdout, re.MULTILINE)[-1:]
+    summary = read_summary(Path(path))
+    assert summary is not None
+    truth = run(*settings(given), "processes=0", "device=cpu", quick=())
+    torch.testing.assert_close(found(Path(path), summary).theta, truth.theta)
+    assert len({r["node"] for r in _rows(Path(path))}) == 2
+    assert "deployment ended" in ended.stdout
+    assert re.search(r"SuperNode .*MB", ended.stdout), ended.stdout
 
 
 def test_interrupted_it_ends_what_it_started(tmp_path: Path) -> None:
