@@ -48,7 +48,12 @@ def check_estimate(config: Config) -> None:
 
 def _check_unread(config: Config, what: str, trains: bool) -> None:
     """Raise UserError for settings that were given and that no estimate reads."""
-    plain, _ = compose((f"optimizer={config.optimizer.name}",))
+    choices = (f"{n}={getattr(config, n).name}" for n in ("strategy", "optimizer"))
+    plain, _ = compose(tuple(choices))
+    if config.strategy.options.get("solver") != OmegaConf.select(
+        plain, "strategy.solver"
+    ):
+        raise UserError(f"strategy.solver: {what} does not read it; leave it out")
     local, options = config.local, config.optimizer.options
     given: dict[str, Any] = {
         "checkpoint_every": config.checkpoint_every,

@@ -262,6 +262,10 @@ def door(
             [*ESTIMATE, "optimizer.weight_decay=0.1"],
             ["optimizer.weight_decay=0.1: estimate=hypergrad does not read it"],
         ),
+        (
+            [*ESTIMATE, "strategy@strategy.solver=ditto"],
+            ["strategy.solver: estimate=hypergrad does not read it"],
+        ),
         ([*ESTIMATE, "client_validation=0.1"], ["client_validation=0.1: estimate="]),
         (
             ["experiment=influence_digits", "local.clip=1"],
