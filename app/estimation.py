@@ -188,7 +188,7 @@ def estimate(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", RuntimeWarning)
             hypergradients(problem, links, how, watch=watch)
-        doubts = [str(w.message) for w in caught]
+        doubts = [str(w.message) for w in caught if w.category is RuntimeWarning]
         for doubt in doubts:
             say(f"warning: {doubt}")
         summary = {

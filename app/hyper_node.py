@@ -127,6 +127,8 @@ def _answer(
         client = replace(client, memory=client.memory | {"best": client.memory["l"]})
     if what == "look":
         return None, {}
+    if what == "keep":
+        return None, client.memory
     if what == "start":
         return client.start()
     if what == "push":

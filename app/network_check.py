@@ -60,10 +60,12 @@ def _check_unread(config: Config, what: str, trains: bool) -> None:
         **{f"local.{n}": getattr(local, n) for n in ("epochs", "steps", "clip")},
     }
     if not trains:
+        given["optimizer"] = config.optimizer.name
         given["client_validation"] = config.client_validation
         given |= {f"optimizer.{name}": value for name, value in options.items()}
     for key, value in given.items():
-        if value != OmegaConf.select(plain, key):
+        default = "sgd" if key == "optimizer" else OmegaConf.select(plain, key)
+        if value != default:
             raise UserError(f"{key}={value}: {what} does not read it; leave it out")
 
 

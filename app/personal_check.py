@@ -79,7 +79,7 @@ def check_personal(config: Config) -> None:
                 f"{what}: strategy={config.strategy.name} {does} in its own way; "
                 f"use {FITTING}"
             )
-    if how.start == "cold" and config.stop.patience is not None:
+    if how.start == "cold" and how.every and config.stop.patience is not None:
         raise UserError(
             "stop.patience: with personal.start=cold the model begins anew after each outer step, "
             "which patience takes for a model that does not improve; leave it out"
@@ -95,10 +95,6 @@ def check_personal(config: Config) -> None:
                 f"personal.method={how.method}: needs all samples in every product; use "
                 "personal.batch=0"
             )
-    if how.pushes > 1 and not isinstance(built, Gossip):
-        raise UserError(
-            f"personal.pushes={how.pushes}: a server's averages are exact in one; leave it out"
-        )
     if how.every and config.rounds <= how.every:
         raise UserError(
             f"{what}: with rounds={config.rounds} and personal.every={how.every} no outer step "

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from app import checkpoint
-from app.compose import PARTS
+from app.compose import PARTS, compose
 from app.config import PLACE, Config
 from app.errors import UserError
 from app.outer import Outer
@@ -47,6 +48,41 @@ def settings(described: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings, by dotted names, that decide what a described run computes."""
     found = flat(plain(described, finite=False))
     return {k: v for k, v in found.items() if k not in APART}
+
+
+def differing(
+    config: Config, there: Any, free: Sequence[str] = FREE
+) -> list[tuple[str, Any, Any]]:
+    """Return the settings that decide otherwise in a run: their names, there and here.
+
+    A run of an earlier version lacks settings that have come since; it is as if it had had their
+    defaults.
+
+    Parameters
+    ----------
+    config : Config
+        Here.
+    there : object
+        What the run's ``config.yaml`` holds. If that is none, a reason without a name is returned.
+    free : sequence of str
+        What may differ.
+    """
+    if not isinstance(there, dict) or not there:
+        return [("", "config.yaml cannot be read", None)]
+    ours, theirs = settings(describe(config)), settings(there)
+    plain, _ = compose(tuple(f"{kind}={ours[f'{kind}.name']}" for kind in PARTS))
+    for key in ours.keys() - theirs.keys():
+        name = f"{key.partition('.')[0]}.name"
+        if theirs.get(name) == ours.get(name):
+            theirs[key] = OmegaConf.select(plain, key)
+    # Of a mapping (faults.crash) also what is not there any more.
+    mappings = {k.rpartition(".")[0] for k in ours if k.count(".") > 1}
+    gone = {k for k in theirs.keys() - ours if k.rpartition(".")[0] in mappings}
+    return [
+        (k, theirs.get(k), ours.get(k))
+        for k in sorted({*ours, *gone} - {*free})
+        if theirs.get(k) != ours.get(k)
+    ]
 
 
 def new_directory(config: Config, *words: str, data: str = "") -> RunDir:
@@ -91,17 +127,8 @@ def find_unfinished(config: Config, data: str) -> Path:
             there = yaml.safe_load((path / "config.yaml").read_text())
         except (OSError, yaml.YAMLError):
             there = None
-        if not isinstance(there, dict):
-            return ["config.yaml cannot be read"]
-        ours, theirs = settings(describe(config)), settings(there)
-        # Of a mapping (faults.crash) also what is not there any more.
-        mappings = {k.rpartition(".")[0] for k in ours if k.count(".") > 1}
-        gone = {k for k in theirs.keys() - ours if k.rpartition(".")[0] in mappings}
-        return [
-            f"{k} is {theirs.get(k)} there and {ours.get(k)} here"
-            for k in sorted({*ours, *gone} - {*FREE})
-            if theirs.get(k) != ours.get(k)
-        ]
+        found = differing(config, there)
+        return [f"{k} is {a} there and {b} here" if k else str(a) for k, a, b in found]
 
     if config.resume != "auto":
         path = Path(config.resume).expanduser().resolve()

@@ -27,7 +27,7 @@ from app.errors import UserError
 from app.plan import Job, Plan, plan, read, studies
 from app.progress import Board
 from app.records import read_summary
-from app.resume import describe, settings
+from app.resume import differing
 from app.run_config import quote
 from app.tables import show
 
@@ -36,8 +36,8 @@ def settle(job: Job, folder: Path) -> tuple[bool, tuple[str, ...]]:
     """Look at what is left of a job, and make room for it if it has to run.
 
     A finished run of the same settings counts. An unfinished one is resumed from its
-    checkpoint, or removed if it has none. A finished run of other settings, as after a
-    change of the preset, is kept below ``replaced``.
+    checkpoint, or removed if it has none. What has other settings, as after a change of the
+    preset, is kept below ``replaced``.
 
     Returns
     -------
@@ -51,13 +51,15 @@ def settle(job: Job, folder: Path) -> tuple[bool, tuple[str, ...]]:
         there = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         there = None  # it died before it wrote, or while it did
-    same = settings(there or {}) == settings(describe(load(job.overrides)))
+    same = not differing(load(job.overrides), there, free=())
+    begun = checkpoint.newest(path / "checkpoints") is not None
     if read_summary(path) is None:
-        if same and checkpoint.newest(path / "checkpoints") is not None:
+        if same and begun:
             return False, (*job.overrides, f"resume={quote(str(path.resolve()))}")
-        shutil.rmtree(path)
-        return False, job.overrides
-    if same:
+        if not begun:
+            shutil.rmtree(path)
+            return False, job.overrides
+    elif same:
         return True, job.overrides
     aside = folder / "replaced"
     aside.mkdir(exist_ok=True)

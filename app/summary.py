@@ -140,7 +140,6 @@ def cost(told: Told, record: Mapping[str, Any]) -> dict[str, float]:
         # An exchange asks every node once, as a round does.
         "messages": (told.exchanges, 1),
         "bytes": (down + up, sum(rounds)),
-        "gradients": (told.gradients, record["gradients"]),
         "link_bytes": (told.link_bytes, record["strategy"].get("link_bytes", 0)),
     }
     return {name: mine / one for name, (mine, one) in pairs.items() if one}

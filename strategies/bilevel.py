@@ -21,8 +21,9 @@ Conjugate gradients, with a server, take the place of the series: z = y / alpha,
 mean of u, and H's products are exchanges of their own, of which clients keep nothing:
 
     start   down  x              up  u_i                         kept  v_i = (1/n) dF_i/dl_i
+    keep                         if it is the best so far        kept  l_i as the best
             down  x, p           up  H_i p                       at most M times
-    M       down  x, y / alpha                                   kept  v_i - J_i' y, then l_i
+    step    down  x, y / alpha                                   kept  v_i - J_i' y, then l_i
 
 The check of alpha is hypergrad.py's power iteration, before the first estimate in which all answer.
 """
@@ -84,7 +85,7 @@ class Bilevel:
         self.ledger: dict[int, int] = {}
         federation.hyper = self.ledger
         self.checked = False
-        self.told, self.count = Told(), 0
+        self.told, self.count, self._mean_samples = Told(), 0, 0.0
         self._round = self._t = 0
         self.ask: Exchange
         self.again: Again
@@ -119,7 +120,9 @@ class Bilevel:
         u, clients = self.exchange("start", 0, clients, None)
         keeps, z = best(self.told), None
         if not series:
-            self.told.moved = solved(self, self.mean(u, None), clients, keeps)
+            if keeps:
+                _, clients = self.exchange("keep", 1, clients, None, best=True)
+            self.told.moved = solved(self, self.mean(u, None), clients)
             return self._closed()
         for m in range(1, how.depth + 1):
             if not clients:
@@ -134,7 +137,7 @@ class Bilevel:
         """Let the clients return to what they had when it was best."""
         self._open(round_)
         # After the last step of an estimate, whose version may have been of this round.
-        self.exchange("settle", self.how.depth + 1, self._clients(), None)
+        self.exchange("settle", self.how.exchanges - 1, self._clients(), None)
         return self._closed()
 
     # How.
@@ -154,6 +157,9 @@ class Bilevel:
             self.again(attempt)
         relay = self._relay()
         self.count = relay.network.n if relay else len(found)
+        samples = [self.federation.roster.samples[k] for k in found]
+        # Who comes or goes in an estimate leaves the weights as they are.
+        self._mean_samples = sum(samples) / max(len(samples), 1)
         return found
 
     def _relay(self) -> Relay | None:
@@ -166,8 +172,7 @@ class Bilevel:
         weighting = getattr(solver_of(algorithm), "weighting", "uniform")
         if weighting != "samples":
             return [1.0] * len(clients)
-        everyone = [roster.samples[k] for k in roster.trainable()]
-        return [roster.samples[k] * len(everyone) / sum(everyone) for k in clients]
+        return [roster.samples[k] / self._mean_samples for k in clients]
 
     def mean(self, parts: Mapping[tuple[int, ...], Tensor], z: Tensor | None) -> Tensor:
         """Return the mean of u, (d,), or every client's estimate of it, (n, d).
@@ -215,7 +220,7 @@ class Bilevel:
         fine = [k for k in clients if k not in self.told.failed]
         samples = self.federation.roster.samples
         self.told.gradients += sum(self.how.gradients(what, samples[k]) for k in fine)
-        if what in ("start", "push", "step", "settle"):
+        if what in ("start", "keep", "push", "step", "settle"):
             self.ledger |= dict.fromkeys(fine, self._version(step))
         # In the clients' order, whichever attempt they answered: sums have the same bits.
         return dict(sorted(parts.items())), fine
@@ -283,7 +288,8 @@ class Bilevel:
                 "best": int(best),
                 **federation.place(),
             }
-            down = {} if what == "settle" else {"theta": self._models(mine)}
+            bare = what in ("keep", "settle")
+            down = {} if bare else {"theta": self._models(mine)}
             if z is not None:
                 down["z"] = z[mine].reshape(-1) if self.each else z
             content = RecordDict({"down": pack(down), "order": ConfigRecord(order)})

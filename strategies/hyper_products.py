@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from strategies.bilevel import Bilevel
 
 
+#: A residual of conjugate gradients that is told, beside the slope of the outer cost.
+LARGE = 0.1
+
+
 class Fewer(Exception):
     """Some clients no longer answer."""
 
@@ -33,6 +37,9 @@ def check(level: Bilevel, clients: list[int]) -> bool:
 
     Return whether all have answered: without some of them it would come out too small.
     """
+    if len(clients) < level.count or not clients:
+        log(WARNING, "personal.alpha: not checked now, as some are not there")
+        return False
     theta = level.federation.server["theta"]
     seed, d = level.federation.roster.seed, len(theta)
     q = normals(seed, "eigenvalue", 0, [0], 0, d)[0].to(theta)
@@ -41,7 +48,7 @@ def check(level: Bilevel, clients: list[int]) -> bool:
         q = q.expand(level.count, d).contiguous()
     for k in range(level.how.power_steps):
         products, answered = level.exchange("curvature", k, clients, q)
-        if len(answered) < level.count or not clients:
+        if len(answered) < len(clients):
             log(WARNING, "personal.alpha: not checked now, as some do not answer")
             return False
         z = level.mean(products, None)
@@ -54,7 +61,7 @@ def check(level: Bilevel, clients: list[int]) -> bool:
     return True
 
 
-def solved(level: Bilevel, g: Tensor, clients: list[int], keeps: bool) -> list[int]:
+def solved(level: Bilevel, g: Tensor, clients: list[int]) -> list[int]:
     """Let clients take their step along the solution of H y = g, and return who has.
 
     Parameters
@@ -65,8 +72,6 @@ def solved(level: Bilevel, g: Tensor, clients: list[int], keeps: bool) -> list[i
         The mean of what clients sent at the start, (d,).
     clients : list of int
         Who has.
-    keeps : bool
-        Whether they keep what they have as the best so far.
     """
     how, number = level.how, itertools.count()
 
@@ -78,19 +83,25 @@ def solved(level: Bilevel, g: Tensor, clients: list[int], keeps: bool) -> list[i
             raise Fewer
         return level.mean(parts, None)
 
-    found = None
+    found, why = None, ""
     while clients and not found:
         try:
             found = solve(product, g, how.depth)
         except Fewer:
             continue  # with another H the iteration begins anew
         except ValueError as error:
-            why = f"personal.method={how.method}: no step, {error}"
-            level.told.warnings.append(why)
-            log(WARNING, "%s", why)
-            return []
+            why = f"no step, {error}; raise personal.damping"
+            break
+    if found and found.residual > LARGE:
+        why = (
+            f"after {found.iterations} iterations {found.residual:.2g} of the slope is left; "
+            "raise personal.depth or personal.damping"
+        )
+    if why:
+        level.told.warnings.append(f"personal.method={how.method}: {why}")
+        log(WARNING, "personal.method=%s: %s", how.method, why)
     if not found:
         return []
     level.told.residual = found.residual
     z = found.y / how.alpha  # a client takes alpha J_i' z
-    return level.exchange("step", how.depth, clients, z, keeps)[1]
+    return level.exchange("step", how.exchanges - 2, clients, z)[1]

@@ -163,8 +163,9 @@ class Personalize(HGP):
 
     @property
     def exchanges(self) -> int:
-        """More than the exchanges of an estimate, so that they can be numbered."""
-        return self.depth + 2
+        """How many versions of a memory a round may take: those of an estimate, and settling's."""
+        keeping = self.method != "push"  # has an exchange of its own
+        return self.depth + 2 + keeping
 
     def batched(self, samples: int) -> bool:
         """Return whether a client with so many samples takes batches of them in its products."""

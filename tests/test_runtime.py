@@ -390,6 +390,24 @@ def test_patience_of_a_resumed_run_is_that_of_an_undisturbed_one(
     assert resumed.summary["rounds"] == 3
 
 
+def test_a_run_of_an_earlier_version_had_the_defaults_of_what_has_come_since(
+    run: Door, tmp_path: Path
+) -> None:
+    given = ("rounds=3", "checkpoint_every=1")
+    with pytest.raises(Killed):
+        run(*given, "name=half", callbacks=[die(2)])
+    file = tmp_path / "runs" / "half" / "config.yaml"
+    told = yaml.safe_load(file.read_text())
+    del told["holdout_clients"], told["strategy"]["weighting"]
+    file.write_text(yaml.safe_dump(told))
+    again = (*given, f"resume={file.parent}")
+    with pytest.raises(UserError, match="holdout_clients is 0 there and 1 here"):
+        run(*again, "holdout_clients=1")
+    with pytest.raises(UserError, match="weighting is uniform there and samples here"):
+        run(*again, "strategy.weighting=samples")
+    assert run(*again).summary["rounds"] == 3
+
+
 def test_memories_that_end_with_the_process_are_no_checkpoint(run: Door) -> None:
     given = ("client_memory=context", "checkpoint_every=1")
     with pytest.raises(UserError, match=r"client_memory=context: .*directory or auto"):
