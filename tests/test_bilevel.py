@@ -306,9 +306,9 @@ def test_a_step_that_fails_leaves_the_best_to_return_to(
     assert result.summary["personal"]["round"] == 2
     moved = [r["personal"]["moved"] for r in result.records[1:4]]
     assert moved == [6, 0, 6]
-    for now, then, later in zip(kept.all("l"), had[1], had[3], strict=True):
-        assert torch.equal(now, then)
-        assert not torch.equal(now, later)
+    for final, first, second in zip(kept.all("l"), had[1], had[3], strict=True):
+        assert torch.equal(final, first)
+        assert not torch.equal(final, second)
 
 
 def test_an_estimate_after_a_step_sees_what_each_client_has(
