@@ -17,8 +17,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from app import label_plots, plots
+from app import client_rows, label_plots, plots
 from app.alone import hold
+from app.client_rows import CLIENTS
 from app.environment import environment
 from app.errors import UserError
 from app.records import (
@@ -36,28 +37,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
-CLIENTS = "clients.csv"
 #: Held by the process that is at the run. Never replaced: a lock is on a file, not on its name.
 LOCK = ".lock"
-_NUMBERS = {int, float, type(None)}
-COLUMNS = (
-    "round",
-    "client",
-    "node",
-    "role",
-    "split",
-    "samples",
-    "loss",
-    "accuracy",
-    "validation_loss",
-    "validation_accuracy",
-    "train_loss",
-    "steps",
-    "gradients",
-    "seconds",
-    "metrics",
-    "error",
-)
 
 
 class RunDir:
@@ -112,7 +93,7 @@ class RunDir:
         write_atomic(path / CONFIG, _yaml(config))
         write_atomic(path / ENVIRONMENT, _json(environment() | {"data": data}))
         write_atomic(path / ROUNDS, b"")
-        write_atomic(path / CLIENTS, ",".join(COLUMNS) + "\n")
+        write_atomic(path / CLIENTS, client_rows.HEADER)
         return cls(path, _tensorboard(path))
 
     @classmethod
@@ -151,8 +132,7 @@ class RunDir:
         if config is not None:
             write_atomic(path / CONFIG, _yaml(config))
         write_atomic(path / ROUNDS, "".join(_line(record) for record in kept))
-        rows = [",".join(COLUMNS), *_client_rows(path / CLIENTS, last_round)]
-        write_atomic(path / CLIENTS, "\n".join(rows) + "\n")
+        write_atomic(path / CLIENTS, client_rows.until(path / CLIENTS, last_round))
         return cls(path, _tensorboard(path, purge_step=last_round + 1), lock)
 
     def labels(self, counts: NDArray[Any], names: Sequence[str]) -> None:
@@ -205,17 +185,9 @@ class RunDir:
         ValueError
             If a row has a column that the file has not.
         """
-        unknown = {key for row in rows for key in row} - set(COLUMNS)
-        if unknown:
-            raise ValueError(f"{CLIENTS} has no column {sorted(unknown)}")
-        text = io.StringIO()
-        # A line is a row, always: a torn one is then told by its missing line end.
-        csv.writer(text, lineterminator="\n").writerows(
-            [v if type(v) in _NUMBERS else _cell(v) for v in map(row.get, COLUMNS)]
-            for row in rows
-        )
+        text = client_rows.lines(rows)
         with open(self.path / CLIENTS, "a", encoding="utf-8") as file:
-            file.write(text.getvalue())
+            file.write(text)
 
     def sync(self) -> None:
         """See the logs onto the disk: a checkpoint must not be ahead of them."""
@@ -307,19 +279,3 @@ def _yaml(config: Mapping[str, Any]) -> str:
 def _json(value: Any) -> str:
     """Return a value as the text of a JSON file."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
-
-
-def _cell(value: Any) -> Any:
-    """Return a value as one cell: text on one line, metrics as ``name=value name=value``."""
-    if isinstance(value, Mapping):
-        return " ".join(f"{name}={number:.6g}" for name, number in value.items())
-    return " ".join(value.split()) if isinstance(value, str) else value
-
-
-def _client_rows(file: Path, last_round: int) -> list[str]:
-    """Return the whole lines of ``clients.csv`` up to a round, without the header."""
-    if not file.exists():
-        return []
-    whole = file.read_text(encoding="utf-8", errors="replace").split("\n")[1:-1]
-    rounds = [(line, line.split(",", 1)[0]) for line in whole]
-    return [line for line, r in rounds if r.isdecimal() and int(r) <= last_round]

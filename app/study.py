@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from app import checkpoint, results
+from app import checkpoint, results, results_page
 from app.alone import hold
 from app.config import load
 from app.errors import UserError
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if given.list:
                 show_list()
             else:
-                results.write_page()
+                results_page.write_page()
             return 0
         if not given.words:
             raise UserError(f"which study? One of {', '.join(studies())}; or --list.")
@@ -198,8 +198,8 @@ def _study(words: Sequence[str], publishing: bool) -> int:
     result = results.summarize(planned)
     if result:
         metric, focus = result["metric"], planned.study.verdict.target
-        show(results.cells(result["variants"], metric, planned.targets, focus))
-        for line in results.models(result["variants"], planned.targets):
+        show(results_page.cells(result["variants"], metric, planned.targets, focus))
+        for line in results_page.models(result["variants"], planned.targets):
             console.print(line)
         console.print(f"verdict: {result['verdict']['text']}")
         console.print(f"{planned.folder / 'study.md'}, {planned.folder / 'study.png'}")

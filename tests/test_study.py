@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from app import label_plots, plots, results, study
+from app import label_plots, plots, results_page, study
 from app.compose import compose, names
 from app.config import load
 from app.dots import dots
@@ -22,7 +22,8 @@ from app.experiment import run_local
 from app.measure import measure
 from app.plan import Study, plan, read, studies
 from app.records import read_summary
-from app.results import DOCS, body, page, publish, summarize
+from app.results import publish, summarize
+from app.results_page import DOCS, body, page
 from app.synthetic import QUADRATICS_A, QUADRATICS_B
 from app.tables import Run
 from app.tuning import BY, Tuning, chosen, compared
@@ -389,7 +390,7 @@ def test_a_study_draws_only_what_it_measures():
 def test_costs_are_relative_to_the_baseline():
     kept = {"rounds": 10, "bytes_down": 50, "bytes_up": 40, "gradients": 8}
     more = {**kept, "bytes_up": 80, "gradients": 6}
-    lines = results.costs({"avg": {"0": kept}, "dyn": {"0": more}}, "avg")
+    lines = results_page.costs({"avg": {"0": kept}, "dyn": {"0": more}}, "avg")
     assert lines[0][0] == "relative to avg"
     assert lines[1][1:] == ["1.000"] * 4
     assert lines[2][1:] == ["1.000", "1.000", "2.000", "0.750"]
@@ -493,13 +494,15 @@ def test_what_a_target_cost_stands_beside_its_round(tmp_path):
     assert told["rounds_to"] == {"0.5": 3, "0.9": None}
     assert told["spent_to"] == {"0.5": {"bytes": 45, "seconds": 6}, "0.9": None}
     table = {"avg": {"0": told, "1": told}}
-    (head, line) = results.cells(table, "accuracy", [0.5, 0.9], 0.5)
+    (head, line) = results_page.cells(table, "accuracy", [0.5, 0.9], 0.5)
     cells = dict(zip(head, line, strict=True))
     assert cells["MB to ≥ 0.5"] == "4.5e-05 ± 0" and cells["s to ≥ 0.5"] == "6 ± 0"
-    (head, line) = results.cells(table, "accuracy", [0.5, 0.9], 0.9)
+    (head, line) = results_page.cells(table, "accuracy", [0.5, 0.9], 0.9)
     assert dict(zip(head, line, strict=True))["MB to ≥ 0.9"] == "- (0/2)"
     del told["spent_to"]  # as results published before
-    assert not any(h.startswith("MB to") for h in results.cells(table, "x", [], 0.5)[0])
+    assert not any(
+        h.startswith("MB to") for h in results_page.cells(table, "x", [], 0.5)[0]
+    )
 
 
 def test_others_numbers_stand_below_ours():
@@ -510,10 +513,10 @@ def test_others_numbers_stand_below_ours():
             "rounds_to": {"avg": {"0.80": 33, "0.9": None}, "dyn": {"0.8": 4.5}},
         },
     }
-    text = results.reference(given)
+    text = results_page.reference(given)
     assert "For comparison, their paper says:" in text
     assert "| avg | 33 | - |" in text and "| dyn | 4.5 | - |" in text
-    assert results.reference({"targets": [0.8]}) == ""
+    assert results_page.reference({"targets": [0.8]}) == ""
 
 
 def test_publishing_keeps_the_numbers_and_makes_the_page(small, tmp_path):
@@ -536,4 +539,4 @@ def test_publishing_keeps_the_numbers_and_makes_the_page(small, tmp_path):
         publish(result, planned.folder, docs)
     (docs / "results" / "digits.json").write_text("{}")
     with pytest.raises(UserError, match="no summary of a study"):
-        results.page(docs / "results")
+        results_page.page(docs / "results")
