@@ -14,7 +14,8 @@ from conftest import Result, grid_of
 from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
-from app import durable, hyper_node, hypers, outer
+from app import durable, hyper_node, hypers, outer, rounds
+from app import run as app_run
 from app.best import BEST
 from app.errors import UserError
 from app.exchange import exchange
@@ -62,6 +63,11 @@ MIXED = "personal.families=[mixture]"
 NETWORK = ("strategy=pushsum", "topology=stochastic_directed", "strategy.judge=own")
 
 
+#: What a round of training carries: the model, and what a client's report is made of.
+TRAINING = {
+    *("theta", "delta", "busy", "engine", "evaluated", "gradients", "lost", "probe"),
+    *("samples", "seconds", "steps", "train_loss", "trained"),
+}
 #: What of a record of an outer step counts messages.
 COUNTED = ("messages", "bytes", "exchanges", "cost")
 
@@ -114,6 +120,21 @@ class Seen:
         monkeypatch.setattr(Bilevel, "estimate", estimate)
 
 
+def watch(monkeypatch: pytest.MonkeyPatch, module: Any, names: set[str]) -> None:
+    """Collect the names of what a module's messages carry: the vectors and the reports."""
+
+    def watched(grid: Any, messages: Any, timeout: float) -> Any:
+        messages = list(messages)
+        replies = exchange(grid, messages, timeout)
+        for message in (*messages, *replies):
+            for key, part in message.content.items():
+                names.update(part if isinstance(part, ArrayRecord) else ())
+                names.update(part if key == "report" else ())
+        return replies
+
+    monkeypatch.setattr(module, "exchange", watched)
+
+
 # Through messages as in one process.
 
 
@@ -135,17 +156,10 @@ def test_messages_give_the_estimate_of_one_process(
     seen, kept, tasks = Seen(monkeypatch), Kept(), list[Run]()
     rest = ("rounds=2", "personal.depth=4", "personal.alpha=0.3", "local.batch=20")
     decay = f"personal.batch={batch}", "optimizer.weight_decay=0.01"
-    crossed = set[str]()
-
-    def watched(grid: Any, messages: Any, timeout: float) -> Any:
-        messages = list(messages)
-        crossed.update(n for m in messages for n in m.content["down"])
-        replies = exchange(grid, messages, timeout)
-        crossed.update(n for r in replies for n in r.content["up"])
-        crossed.update(n for r in replies for n in r.content["report"])
-        return replies
-
-    monkeypatch.setattr(outer, "exchange", watched)
+    crossed, trained = set[str](), set[str]()
+    watch(monkeypatch, outer, crossed)
+    watch(monkeypatch, rounds, trained)
+    watch(monkeypatch, app_run, trained)
     result = run(*GIVEN, *given, *rest, *decay, grid=kept, edit=tasks.append)
     (task,), (x,), n = tasks, seen.models, 6
     level, goal, federation = task.outer, task.objective, task.federation
@@ -153,6 +167,7 @@ def test_messages_give_the_estimate_of_one_process(
     # Of a client's own only what it measures is told, and how many gradients its own model took.
     alone = {"alone"} if ALL in given else set()
     assert crossed == {"theta", "z", "u", "clients", "lost", "scored", *SCORES, *alone}
+    assert {name for name in trained if not name.startswith("eval_")} == TRAINING
     assert isinstance(goal, PersonalObjective)
     how = level.level.how
     models = [kept.memory(k, "alone")["theta"] if alone else None for k in range(n)]

@@ -229,18 +229,23 @@ def test_what_is_admitted_leaves_zero_as_it_is() -> None:
         ((ClassWeights(gamma=0.1), LogitWeights(), FeatureScales()), 1.0),
         # A small step: more negative a decay than everybody's, and there is no minimum.
         ((SampleWeights(), WeightDecay(gamma=0.1), Interpolation(gamma=0.2)), 0.2),
+        ((ClassWeights(), Mixture(learners=2), WeightDecay(gamma=0.1)), 0.2),
     ],
-    ids=["class_logit_feature", "sample_decay_interpolation"],
+    ids=["class_logit_feature", "sample_decay_interpolation", "class_mixture_decay"],
 )
 def test_three_together_agree_with_retraining_and_are_optimized(
     families: tuple[Family, ...], step: float
 ) -> None:
-    task, start = personal(*families), torch.zeros(SIZE, dtype=F64)
+    learners = 2 if any(isinstance(f, Mixture) for f in families) else 1
+    task = personal(*families, learners=learners)
     g = torch.Generator().manual_seed(5)
+    start = torch.zeros(learners * SIZE, dtype=F64)
     lambdas = tuple(
         0.1 * torch.randn(len(task.zeros(own)), generator=g, dtype=F64)
         for own in CLIENTS
     )
+
+    start = train(task, CLIENTS, lambdas, start)  # a step or two from all below
 
     def after(lambdas: Lambdas) -> float:
         theta = train(task, CLIENTS, lambdas, start)
@@ -254,7 +259,8 @@ def test_three_together_agree_with_retraining_and_are_optimized(
         return hypergradients(problem, complete(3), settings).v
 
     found = slopes(lambdas, 150)
-    for i, j in ((0, 0), (1, 2), (2, len(lambdas[2]) - 1)):
+    # All of one client's numbers, so that no family is left out, and one of another's.
+    for i, j in ((0, 0), *((1, j) for j in range(len(lambdas[1])))):
         ends = []
         for small in (1e-4, -1e-4):
             moved = [v.clone() for v in lambdas]
