@@ -39,6 +39,13 @@ def turn(folder: Path) -> Iterator[None]:
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
+    except (
+        OSError
+    ):  # as NFS does, where no folder can be open for writing: a file in it can
+        os.close(lock)
+        lock = os.open(folder / ".turn", os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
         yield
     finally:
         os.close(lock)

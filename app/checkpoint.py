@@ -42,7 +42,7 @@ def save(
     durable.sweep(folder)
     file = folder / f"{round_:08d}.safetensors"
     durable.write(file, vectors, {"format": FORMAT, "round": round_, **rest})
-    for old in sorted(folder.glob("*.safetensors"))[:-keep]:
+    for old in _files(folder)[:-keep]:
         old.unlink()
     return oldest(folder)
 
@@ -52,7 +52,7 @@ def oldest(folder: Path) -> int:
 
     Clients keep what they need to continue from it, should a later one prove torn.
     """
-    return min((int(f.stem) for f in folder.glob("*.safetensors")), default=0)
+    return min(map(_round, _files(folder)), default=0)
 
 
 def newest(folder: Path) -> tuple[int, Vectors, dict[str, Any]] | None:
@@ -61,13 +61,15 @@ def newest(folder: Path) -> tuple[int, Vectors, dict[str, Any]] | None:
     Raises
     ------
     UserError
-        If it was written by another version of the program.
+        If it was written by another version of the program, or the disk does not tell.
     """
-    for file in sorted(folder.glob("*.safetensors"), reverse=True):
+    for file in reversed(_files(folder)):
         try:
             vectors, header = durable.read(file)
-        except (durable.Torn, OSError):
+        except durable.Torn:
             continue  # the one before it serves
+        except OSError as error:  # it may be whole, and would be lost to an older one
+            raise UserError(f"{file}: cannot be read ({error})") from error
         if header.pop("format", None) != FORMAT:
             raise UserError(f"{file}: written in a format this version does not know")
         return header.pop("round"), vectors, header
@@ -76,6 +78,15 @@ def newest(folder: Path) -> tuple[int, Vectors, dict[str, Any]] | None:
 
 def cut(folder: Path, round_: int) -> None:
     """Remove checkpoints of later rounds: torn ones, which would be kept in place of whole ones."""
-    for file in folder.glob("*.safetensors"):
-        if int(file.stem) > round_:
+    for file in _files(folder):
+        if _round(file) > round_:
             file.unlink()
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, oldest first, and nothing that was put there beside."""
+    return sorted(f for f in folder.glob("*.safetensors") if f.stem.isdecimal())
+
+
+def _round(file: Path) -> int:
+    return int(file.stem)

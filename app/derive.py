@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from app.config import Config, load
 from app.errors import UserError
+from app.exchange import exchange
 from app.host import objective, setting
 from app.joining import wait_for_clients
 from app.programs import program_of
 from app.run import Run, Say
 from strategies.engine import unfit
 from strategies.fad import Clients
+from strategies.fad_exchange import Dropped
 from strategies.fad_wire import OverGrid
 from strategies.roster import Roster
 
@@ -56,8 +59,15 @@ def derive(overrides: Sequence[str], grid: Grid, say: Say = print) -> Any:
     roster = Roster(config.clients, config.holdout_clients, config.seed)
     wait_for_clients(grid, roster, config, say)
     cohort = roster.draw(1, config.clients_per_round)
-    clients = Clients(OverGrid(grid, roster, config.deadline), tuple(cohort))
-    result = run(clients, goal.initial()[0].cpu())
+
+    def ask(messages: list[Message]) -> list[Message]:
+        return exchange(grid, messages, config.deadline)
+
+    clients = Clients(OverGrid(grid, roster, ask), tuple(cohort))
+    try:
+        result = run(clients, goal.initial()[0].cpu())
+    except Dropped as error:
+        raise UserError(f"program={config.program}: {error}") from error
     found = clients.ledger.audit()
     say(
         f"{found.rounds} exchanges, {found.derivative_rounds} more for derivatives: "

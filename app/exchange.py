@@ -15,7 +15,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from strategies.mail import arrived
+from strategies.mail import arrived, fault
 from strategies.roster import Roster
 
 SHORTEST, LONGEST, SHARE = 0.1, 3.0, 0.05
@@ -37,10 +37,14 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> list[Me
         return list(grid.send_and_receive(messages, timeout=timeout))
     began = time.monotonic()
     sent = list(messages)
-    # None stands for a message that the SuperLink did not take: nobody will answer it.
-    ids = grid.push_messages(sent)
-    waiting = {name: m for name, m in zip(ids, sent, strict=False) if name is not None}
-    replies: list[Message] = []
+    # None stands for a message that the SuperLink did not take, and nothing for all of them.
+    names: list[str | None] = [*grid.push_messages(sent)] or [None] * len(sent)
+    waiting, replies = dict[str, Message](), list[Message]()
+    for name, message in zip(names, sent, strict=True):
+        if name is None:
+            replies.append(fault(message, "the SuperLink did not take the message"))
+        else:
+            waiting[name] = message
     while waiting:
         for name, reply in list(arrived(grid, waiting)):
             del waiting[name]

@@ -71,6 +71,8 @@ def differing(
         return [("", "config.yaml cannot be read", None)]
     ours, theirs = settings(describe(config)), settings(there)
     plain, _ = compose(tuple(f"{kind}={ours[f'{kind}.name']}" for kind in PARTS))
+    for kind, default in compose(())[1].items():  # also of a group that has come since
+        theirs.setdefault(f"{kind}.name", default)
     for key in ours.keys() - theirs.keys():
         name = f"{key.partition('.')[0]}.name"
         if theirs.get(name) == ours.get(name):

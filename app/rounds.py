@@ -100,11 +100,15 @@ class Rounds:
             if not told.short:
                 return taken
             self.say(f"round {round_}: too few replies, attempt {taken.attempts}")
-            gather(grid, federation.roster, config.min_replies, config.deadline)
+            if taken.attempts < config.attempts:
+                gather(grid, federation.roster, config.min_replies, config.deadline)
+        why = [
+            f" (client {k}: {r})" for k, r in sorted(federation.round.failed.items())
+        ]
         hint = "; resume it when the nodes are back" if config.checkpoint_every else ""
         raise UserError(
             f"round {round_}: fewer than min_replies={config.min_replies} replies in "
-            f"{config.attempts} attempts{hint}"
+            f"{config.attempts} attempts{''.join(why[:1])}{hint}"
         )
 
     def _lose(self, clients: list[int]) -> None:

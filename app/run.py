@@ -31,8 +31,8 @@ from app.rundir import RunDir, claim
 from app.summary import chosen, clients_block, line, summarize, training_block
 from strategies import individual
 from strategies.engine import unfit
-from strategies.ledger import Unbalanced
 from strategies.objective import Objective
+from strategies.pushsum import Unbalanced
 from strategies.relay import Relay
 from strategies.wire import pack
 

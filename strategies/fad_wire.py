@@ -9,7 +9,7 @@ node -> server   up       the sums over the node's clients
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
 from typing import Any, cast
@@ -79,13 +79,13 @@ class OverGrid:
         Flower's, or the local runtime's.
     roster : Roster
         Who hosts whom.
-    timeout : float
-        Seconds after which an exchange ends with the answers there are.
+    exchange : callable
+        Sends messages over the grid and returns the replies that came in time.
     """
 
     grid: Grid
     roster: Roster
-    timeout: float = 3600.0
+    exchange: Callable[[list[Message]], Iterable[Message]]
 
     def clients(self) -> list[int]:
         """Return the clients that are there and may be trained."""
@@ -103,7 +103,7 @@ class OverGrid:
             Message(pack_question(q), node, DERIVE) for node, q in asked.items()
         ]
         answers = {}
-        for reply in self.grid.send_and_receive(messages, timeout=self.timeout):
+        for reply in self.exchange(messages):
             node = reply.metadata.src_node_id
             try:
                 if node not in asked or node in answers:

@@ -11,16 +11,20 @@ from torch import Tensor
 from strategies.algorithm import Client
 from strategies.faults import Mask
 from strategies.network import Network
-from strategies.pushsum import BLOCK, WIDTH, Flight, Matrix, State, hand_over
+from strategies.pushsum import (
+    BLOCK,
+    WIDTH,
+    Flight,
+    Matrix,
+    State,
+    Unbalanced,
+    hand_over,
+)
 from strategies.roster import Roster
 from strategies.topology import Floats, Ints
 
 #: Largest relative gap in the sums that rounding explains.
 TOLERANCE = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-11}
-
-
-class Unbalanced(ValueError):
-    """A network that cannot go on; the text says why in one line."""
 
 
 def opened(

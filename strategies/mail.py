@@ -45,7 +45,7 @@ def arrived(grid: Grid, asked: Mapping[str, Message]) -> Iterator[tuple[str, Mes
             why = f"a reply that cannot be opened ({type(error).__name__})"
             log(WARNING, "%s, of %s asked", why, len(some))
             if len(some) == 1:
-                yield some[0], _fault(asked[some[0]], why)
+                yield some[0], fault(asked[some[0]], why)
             continue
         for reply in replies:
             name = some[0] if size == 1 else reply.metadata.reply_to_message_id
@@ -55,11 +55,11 @@ def arrived(grid: Grid, asked: Mapping[str, Message]) -> Iterator[tuple[str, Mes
             if reply.has_error():
                 yield name, Message(reply.error, reply_to=message)
             elif reply.metadata.src_node_id != message.metadata.dst_node_id:
-                yield name, _fault(message, "answered in another node's name")
+                yield name, fault(message, "answered in another node's name")
             else:
                 yield name, reply
 
 
-def _fault(asked: Message, why: str) -> Message:
+def fault(asked: Message, why: str) -> Message:
     """Return an error as the answer of the node that was asked."""
     return Message(Error(ErrorCode.UNKNOWN, why), reply_to=asked)

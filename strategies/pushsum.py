@@ -45,6 +45,10 @@ def _cores() -> int:
     return min(len(os.sched_getaffinity(0)), 8)
 
 
+class Unbalanced(ValueError):
+    """A network that cannot go on; the text says why in one line."""
+
+
 @dataclass
 class Flight:
     """Mass that waits on links, with a row for each link.
@@ -249,9 +253,9 @@ def _mix_in_flight(links: Links, arrived: csr_array, state: State) -> None:
     free = np.isin(old, open_)
     new = np.union1d(old[~free], fresh)
     if len(new) * state.x.shape[1] * state.x.itemsize > IN_FLIGHT:
-        raise ValueError(
+        raise Unbalanced(
             f"faults.policy=running keeps a model on each of {len(new)} links: too much "
-            "memory; take policy=keep, fewer clients or a smaller model"
+            "memory; take faults.policy=keep, fewer clients or a smaller model"
         )
 
     def places(

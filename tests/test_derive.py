@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from app.client_app import app
 from app.config import load
 from app.derive import derive
 from app.errors import UserError
+from app.exchange import exchange
 from app.experiment import main_once
 from app.host import objective, setting, trainer
 from app.programs import two_rounds
@@ -115,7 +117,7 @@ def test_the_runs_own_training_is_differentiable(dropout: str) -> None:
     grid = grid_of(given, 2)
     cohort = tuple(s.id for s in sites)
     roster.call(grid)
-    over = fad.Clients(OverGrid(grid, roster), cohort)
+    over = fad.Clients(OverGrid(grid, roster, grid.send_and_receive), cohort)
 
     def program(lr: Tensor) -> Tensor:
         start = fad.broadcast(theta, over)
@@ -180,6 +182,22 @@ def test_mistakes_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.derive.objective", lambda *_: goal)
     with pytest.raises(UserError, match=r"program=two_rounds: .*BatchNorm"):
         derive(GIVEN, grid_of(GIVEN, 1))
+
+
+def test_a_client_that_leaves_before_the_derivative_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count = 0
+
+    def lossy(*given: Any) -> list[Message]:
+        nonlocal count
+        count += 1
+        return exchange(*given)[: 1 if count > 3 else None]
+
+    monkeypatch.setattr("app.derive.exchange", lossy)
+    with pytest.raises(UserError, match=r"program=two_rounds: clients .* derivative"):
+        derive(GIVEN, grid_of(GIVEN, 6))
+    assert count == 4
 
 
 # What travels.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +24,7 @@ from flwr.app import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app import checkpoint, durable
+from app import checkpoint, durable, rounds
 from app.client_app import in_turn
 from app.errors import UserError
 from app.local_grid import LocalGrid
@@ -98,8 +100,24 @@ def test_checkpoints_keep_the_last_and_know_their_format(tmp_path: Path) -> None
         checkpoint.save(tmp_path, round_, {"theta": torch.ones(2)}, {"n": 1}, keep=3)
     assert [int(p.stem) for p in sorted(tmp_path.iterdir())] == [4, 6, 8]
     assert checkpoint.oldest(tmp_path) == 4
+    (tmp_path / "mine.safetensors").write_bytes(b"put here by somebody")
+    newest = checkpoint.newest(tmp_path)
+    assert newest and newest[0] == 8 and checkpoint.oldest(tmp_path) == 4
+    checkpoint.cut(tmp_path, 6)
+    assert (tmp_path / "mine.safetensors").exists()
+    assert checkpoint.newest(tmp_path)[0] == 6  # type: ignore[index]
     durable.write(tmp_path / "00000010.safetensors", {}, {"format": 99, "round": 10})
     with pytest.raises(UserError, match="format"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_checkpoint_that_the_disk_does_not_tell_is_not_passed_over(
+    tmp_path: Path,
+) -> None:
+    """It may be whole: an older one would have it cut off."""
+    checkpoint.save(tmp_path, 2, {"theta": torch.ones(2)}, {})
+    (tmp_path / "00000003.safetensors").mkdir()  # whose content cannot be read
+    with pytest.raises(UserError, match=r"00000003\.safetensors: cannot be read"):
         checkpoint.newest(tmp_path)
 
 
@@ -176,7 +194,9 @@ def test_a_late_round_leaves_the_version_of_a_later_one(tmp_path: Path) -> None:
     assert store.versions(3) == [6, 7]
 
 
-def test_messages_of_a_node_take_turns(tmp_path: Path) -> None:
+def test_messages_of_a_node_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     at_work, most = [0], [0]
 
     def call(*_: Any) -> Any:
@@ -199,6 +219,15 @@ def test_messages_of_a_node_take_turns(tmp_path: Path) -> None:
     assert answer({"state-dir": str(tmp_path)}) == 1
     assert answer({}) == 3
     assert answer({"state-dir": str(tmp_path / "not there")}) == 3
+
+    def as_nfs(file: int, how: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(file, how)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
+    assert answer({"state-dir": str(tmp_path)}) == 1
 
 
 # A memory that is lost.
@@ -565,12 +594,18 @@ def test_a_round_taken_again_leaves_no_trace(run: Door, strategy: str) -> None:
     assert sum("attempt" in line for line in result.lines) == 2
 
 
-def test_a_run_without_enough_replies_ends_and_can_be_resumed(run: Door) -> None:
+def test_a_run_without_enough_replies_ends_and_can_be_resumed(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = (*EACH, "min_replies=6", "attempts=2", "checkpoint_every=1", "name=stuck")
+    waits: list[int] = []
+    monkeypatch.setattr(rounds, "gather", lambda *_: waits.append(1))
     with pytest.raises(
-        UserError, match=r"round 3: fewer than min_replies=6 .* 2 attempts.*resume"
+        UserError,
+        match=r"round 3: fewer than min_replies=6 .* 2 attempts \(client \d: .*\); resume",
     ):
         run(*given, grid=lambda o: Deaf(o, {2: {0}, 3: {0}}))
+    assert len(waits) == 1  # and not after the last attempt
     result = run(*given, "resume=auto")
     assert torch.equal(result.theta, run(*EACH).theta)
 

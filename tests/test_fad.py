@@ -7,7 +7,7 @@ below, which keep all clients' values in one torch graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -32,6 +32,12 @@ def vector(*numbers: float) -> Tensor:
 def residual(site: Site, theta: Tensor) -> Tensor:
     """Return 1/2 (<x, theta> - 1)^2, for the tutorial of DrJAX."""
     return 0.5 * (site.x @ theta - 1).square()
+
+
+@register
+def own(site: Site) -> Tensor:
+    """Return what the client has, whatever its shape."""
+    return site.x
 
 
 @register
@@ -532,6 +538,14 @@ def test_a_client_that_drops_on_the_way_back_is_an_error() -> None:
     with pytest.raises(fad.Dropped):
         program = lambda c, *x: one_round(fad, c, *x)  # noqa: E731
         fad.value_and_grad(program, fragile((2, 1)), *INPUTS[:2])
+
+
+def test_a_node_whose_values_have_another_shape_is_left_out() -> None:
+    found = sites()
+    found[1] = replace(found[1], x=vector(1, 2))  # the only client of the second node
+    over = fad.Clients(InProcess([found[0], found[1], found[2]], nodes=2))
+    total = fad.federated_sum(fad.federated_map("own", over=over))
+    close(total, found[0].x + found[2].x)
 
 
 def test_or_is_removed_from_both() -> None:

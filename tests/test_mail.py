@@ -97,7 +97,15 @@ def told(link: Link) -> dict[int, str]:
 
 
 def test_what_the_superlink_answers_for_a_node_is_entered_for_that_node() -> None:
-    assert told(Link(n11=honest, n12=gone, n13=None)) == {11: "", 12: "gone"}
+    refused = "the SuperLink did not take the message"
+    found = told(Link(n11=honest, n12=gone, n13=None))
+    assert found == {11: "", 12: "gone", 13: refused}
+
+
+def test_messages_too_large_for_the_superlink_are_told_as_that() -> None:
+    link = Link(n11=honest, n12=honest)
+    link.push_messages = lambda _: []  # type: ignore[method-assign]
+    assert set(told(link).values()) == {"the SuperLink did not take the message"}
 
 
 def test_a_node_that_answers_as_another_is_told_and_the_other_is_heard() -> None:

@@ -551,6 +551,17 @@ def test_who_joins_must_be_reached_too(run: Door, tmp_path: Path) -> None:
     run(*ALL, *given, "faults.join={5: 9}")
 
 
+def test_more_in_flight_than_memory_should_hold_is_told_in_one_line(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strategies.pushsum.IN_FLIGHT", 1)
+    given = ("strategy=pushsum", "topology=complete", "clients_per_round=6")
+    with pytest.raises(
+        UserError, match=r"round 1: faults\.policy=running keeps a model"
+    ):
+        run(*given, "faults.loss=0.5", "faults.policy=running")
+
+
 @pytest.mark.parametrize("strategy", ["feddyn", "pushsum", "push_diging"])
 def test_a_node_that_is_gone_lowers_no_minimum(run: Door, strategy: str) -> None:
     grids: list[LocalGrid] = []

@@ -398,13 +398,15 @@ def test_a_run_of_an_earlier_version_had_the_defaults_of_what_has_come_since(
         run(*given, "name=half", callbacks=[die(2)])
     file = tmp_path / "runs" / "half" / "config.yaml"
     told = yaml.safe_load(file.read_text())
-    del told["holdout_clients"], told["strategy"]["weighting"]
+    del told["holdout_clients"], told["strategy"]["weighting"], told["shift"]
     file.write_text(yaml.safe_dump(told))
     again = (*given, f"resume={file.parent}")
     with pytest.raises(UserError, match="holdout_clients is 0 there and 1 here"):
         run(*again, "holdout_clients=1")
     with pytest.raises(UserError, match="weighting is uniform there and samples here"):
         run(*again, "strategy.weighting=samples")
+    with pytest.raises(UserError, match=r"shift\.name is none there and rotation here"):
+        run(*again, "shift=rotation")
     assert run(*again).summary["rounds"] == 3
 
 
