@@ -111,6 +111,12 @@ class Config(Model):
         """The device; ``auto`` is the first GPU if there is one."""
         return device_of(self.device)
 
+    @property
+    def device_name(self) -> str:
+        """What computes: a GPU by its model, or ``cpu``."""
+        device = self.torch_device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
 
 def device_of(name: str) -> torch.device:
     """Return the device of a name; ``auto`` is the first GPU if there is one.

@@ -10,8 +10,8 @@ from typing import Any
 PACKAGES = ("torch", "flwr", "numpy", "fedgrad")
 
 
-def environment() -> dict[str, Any]:
-    """Return what the run is made with and where."""
+def environment(device: str) -> dict[str, Any]:
+    """Return what the run is made with and where; ``device`` is what computes, by its name."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -25,6 +25,7 @@ def environment() -> dict[str, Any]:
             "cpu": _cpu(),
             "cores": os.cpu_count(),
             "platform": platform.platform(),
+            "device": device,
         },
     }
 

@@ -6,7 +6,6 @@ Beside what training sends, only vectors of R^d leave it (see `strategies.bileve
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from app.hypers import alone, beside, own_of
-from app.judging import WORST, brief, score, scored, worst
+from app.judging import brief, score, scored, worst
 from app.node import Node
 from app.personal_check import settings
 from app.store import Lost, recall, remember
@@ -23,7 +22,7 @@ from strategies.algorithm import Vectors
 from strategies.hyper_client import Member
 from strategies.hyper_wire import SCORES
 from strategies.personal_objective import PersonalObjective
-from strategies.wire import Refused, pack, unpack
+from strategies.wire import WORST, Refused, pack, unpack
 
 
 def work(message: Message, context: Context) -> Message:
@@ -161,4 +160,4 @@ def _scores(node: Node, client: Member, order: ConfigRecord) -> dict[str, float]
         chooses = worst(score(run, predict, samples.train))
     row |= {f"choosing_{n}": chooses[n] for n in ("loss", "accuracy")}
     cost = float(client.task.outer(client.theta, lam, own))
-    return row | {"outer_cost": cost if math.isfinite(cost) else WORST}
+    return row | {"outer_cost": cost if abs(cost) <= WORST else WORST}

@@ -37,9 +37,11 @@ def wait_for_clients(
         if refused and alone and not roster.waiting:
             raise UserError(refused)
         if time.monotonic() - began > config.join_timeout:
+            # A network starts with all of its clients.
+            fewer = ", or lower min_clients" if config.topology.name == "none" else ""
             raise UserError(
                 f"{here} of {wanted} clients joined within {config.join_timeout:g} s; "
-                "start more nodes, or lower min_clients"
+                f"start more nodes{fewer}"
                 + (f" (refused: {refused})" if refused else "")
             )
         if here != told:

@@ -8,7 +8,6 @@ receives now and of what it remembers. Two parts of a client's samples serve: on
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from logging import WARNING
@@ -27,6 +26,7 @@ from strategies.individual import Practising, surveyed
 from strategies.local import Job, Part, Trainer
 from strategies.personal_objective import PersonalObjective
 from strategies.privacy import Unprotected
+from strategies.wire import WORST
 
 if TYPE_CHECKING:
     from app.node import Node
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Scores = dict[int, Row]
 Predict = Callable[[Tensor], Tensor]
-#: The loss of a model that is not finite: above all others, and a number that means can have.
-WORST = 1e30
 
 
 def evaluate(run: Trainer, scores: Callable[[], Scores]) -> dict[str, Any]:
@@ -58,13 +56,13 @@ def evaluate(run: Trainer, scores: Callable[[], Scores]) -> dict[str, Any]:
 
 
 def worst(row: Row) -> Row:
-    """Return a row with the worst of all in place of a loss that is not finite.
+    """Return a row with the worst of all in place of a loss that is not finite, or beyond it.
 
     Who diverged must not leave the means and the decile.
     """
     found = dict(row)
     for kind in ("", "validation_"):
-        if not math.isfinite(row.get(f"{kind}loss", 0.0)):
+        if not abs(row.get(f"{kind}loss", 0.0)) <= WORST:
             found |= {f"{kind}loss": WORST, f"{kind}accuracy": 0.0}
     return found
 

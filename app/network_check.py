@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from app.binding import bind
 from app.compose import compose
 from app.errors import UserError
-from strategies.faults import Faults
+from strategies.faults import CHANGES, Faults
 from strategies.gossip import Gossip
 from strategies.influence import Influence
 from strategies.sgd import SGD
@@ -32,6 +32,7 @@ def check_estimate(config: Config) -> None:
     if config.program is not None:
         raise UserError(f"{what} and program={config.program}: one of the two")
     _check_unread(config, what, isinstance(how, Influence))
+    check_throughout(config, what)
     if isinstance(how, Influence):
         _check_influence(config, how, what)
         return
@@ -44,6 +45,16 @@ def check_estimate(config: Config) -> None:
             f"{what}: the outer cost needs samples that clients do not train on; "
             "use client_test=0.5"
         )
+
+
+def check_throughout(config: Config, what: str) -> None:
+    """Raise UserError if clients crash, leave or join during an estimate."""
+    faults = bind("faults", config.faults)()
+    for change in CHANGES:
+        if getattr(faults, change):
+            raise UserError(
+                f"{what}: faults.{change}: an estimate needs all clients throughout"
+            )
 
 
 def _check_unread(config: Config, what: str, trains: bool) -> None:

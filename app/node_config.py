@@ -73,9 +73,16 @@ def local_samples(path: str, label: str, overrides: tuple[str, ...]) -> Samples:
     config = load(overrides)
     file, given = Path(path).expanduser(), config.data.options
     expected = undivided(overrides)
+    if not file.exists():
+        raise UserError(
+            f"{path}: nothing is there; data-path names an .npz or a folder"
+        )
     if file.suffix == ".npz":
-        scale = given.get("scale", 1.0) if config.data.name == "npz" else 1.0
-        dataset = npz(path=str(file), label=label, scale=scale)
+        if config.data.name != "npz":
+            given = {}
+        share = config.client_test or given.get("test", 0.2)
+        more = {name: given[name] for name in ("scale", "seed") if name in given}
+        dataset = npz(path=str(file), label=label, test=share, **more)
     elif config.data.name in ("imagefolder", "described"):
         numbers = (given.get(name, [0.5]) for name in ("mean", "std"))
         dataset = alike(str(file), expected, *numbers)
@@ -94,7 +101,7 @@ def local_samples(path: str, label: str, overrides: tuple[str, ...]) -> Samples:
             f"{path}: {label} are {kinds[bool(dataset.classes)]} where the run has "
             f"{kinds[bool(classes)]}"
         )
-    if classes and int(dataset.train.y.max()) >= classes:
+    if classes and dataset.classes > classes:
         raise UserError(f"{path}: has more classes than the run's {classes}")
     device, dtype = config.torch_device, config.torch_dtype
     train, test = (place(p, device, dtype) for p in (dataset.train, dataset.test))
@@ -102,6 +109,12 @@ def local_samples(path: str, label: str, overrides: tuple[str, ...]) -> Samples:
         return Samples(whole(train), whole(test), nothing(train))
     # Its test set is what it says; only the validation samples are taken from training.
     rows = np.arange(len(train.y))
+    kept = round(len(rows) * config.client_validation)
+    if not 0 < kept < len(rows):
+        raise UserError(
+            f"{path}: client_validation={config.client_validation} keeps {kept} of "
+            f"{len(rows)} training samples; some have to be kept, and some left"
+        )
     cut = split(train, rows, config.model_copy(update={"client_test": 0.0}), 0)
     return Samples(cut.train, whole(test), cut.validation)
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from app.binding import bind
 from app.errors import UserError
+from app.network_check import check_throughout
 from strategies.algorithm import Individual
-from strategies.faults import CHANGES
 from strategies.gossip import Gossip, solver_of
 from strategies.individual import (
     Costing,
@@ -101,11 +101,5 @@ def check_personal(config: Config) -> None:
             "is taken, as none follows the last round; take more rounds, or personal.every=0 "
             "for none"
         )
-    if not isinstance(built, Gossip):
-        return
-    faults = bind("faults", config.faults)()
-    for change in CHANGES:
-        if how.every and getattr(faults, change):
-            raise UserError(
-                f"{what}: faults.{change}: an estimate needs all clients throughout"
-            )
+    if how.every and isinstance(built, Gossip):
+        check_throughout(config, what)

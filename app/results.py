@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from app import plots, report, tuning
@@ -76,7 +75,7 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
             if k != "seed" and not k.startswith("strategy.")
         },
         **{key: last[key] for key in ("date", "versions")},
-        "machine": {**last["machine"], "device": _device(plan)},
+        "machine": {"device": "cpu", **last["machine"]},  # none: of before it was kept
         "minutes": round(sum(r["seconds"] for r in runs) / 60, 2),
         "variants": variants,
         "reference": study.reference and study.reference.model_dump(mode="json"),
@@ -123,12 +122,6 @@ def publish(result: dict[str, Any], folder: Path, docs: Path = DOCS) -> None:
     for name in result["drawn"]:
         write_atomic(further(target, name), _small(further(figure, name)))
     write_page(docs)
-
-
-def _device(plan: Plan) -> str:
-    """Return what computes: the GPU by its name, or ``cpu``."""
-    device = load(plan.jobs[0].overrides).torch_device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _small(path: Path) -> bytes:

@@ -101,7 +101,9 @@ def new_directory(config: Config, *words: str, data: str = "") -> RunDir:
     title = "-".join([stamp, *words, f"seed{config.seed}"])
     base = Path(config.output_dir).expanduser().resolve()
     try:
-        return RunDir.create(base, config.name or title, describe(config), data)
+        return RunDir.create(
+            base, config.name or title, describe(config), data, config.device_name
+        )
     except OSError as error:
         raise UserError(f"output_dir={config.output_dir}: {error.strerror}") from error
 

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 
 from app import checkpoint, network_plots
 from app.best import prune
+from app.binding import bind
 from app.by_class import label_counts
 from app.callbacks import Callback, stops
 from app.config import load
@@ -31,6 +32,7 @@ from app.rundir import RunDir, claim
 from app.summary import chosen, clients_block, line, summarize, training_block
 from strategies import individual
 from strategies.engine import unfit
+from strategies.gossip import Gossip
 from strategies.objective import Objective
 from strategies.pushsum import Unbalanced
 from strategies.relay import Relay
@@ -76,6 +78,7 @@ class Run:
         torch.set_num_threads(self.config.threads)
         self.setting: Setting = setting(self.overrides)
         self.test = self.setting.test()
+        self._check_kept()
         self.objective: Objective = objective(self.config, self.setting.dataset)
         if self.config.engine == "vmap" and (why := unfit(self.objective)):
             raise UserError(f"engine=vmap: {why}; use engine=auto")
@@ -94,6 +97,25 @@ class Run:
         self.records: list[dict[str, Any]] = []
         self.first, self.stopped = 1, ""
         self.directory = self._resume() if self.config.resume else self._create()
+
+    def _check_kept(self) -> None:
+        """Raise UserError for samples that are kept from training and that nobody looks at.
+
+        Where the data have no test set of their own, what clients keep is the test set.
+        """
+        config, gossip = self.config, bind("strategy", self.config.strategy)()
+        if not len(self.setting.dataset.test) or config.personal.name != "none":
+            return
+        hint = ""
+        if config.evaluate_clients == "none":
+            hint = "with evaluate_clients=none"
+        elif isinstance(gossip, Gossip) and gossip.judge == "test":
+            hint = "with strategy.judge=test, which takes the common test set; use judge=own"
+        for name in ("client_test", "client_validation"):
+            if hint and getattr(config, name):
+                raise UserError(
+                    f"{name}={getattr(config, name)}: nobody looks at these samples {hint}"
+                )
 
     # Where it is written.
 

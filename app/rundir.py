@@ -62,7 +62,12 @@ class RunDir:
 
     @classmethod
     def create(
-        cls, base: Path, name: str, config: dict[str, Any], data: str = ""
+        cls,
+        base: Path,
+        name: str,
+        config: dict[str, Any],
+        data: str = "",
+        device: str = "cpu",
     ) -> "RunDir":
         """Make a new directory for a run.
 
@@ -76,6 +81,8 @@ class RunDir:
             The composed configuration, kept as ``config.yaml``.
         data : str
             What tells its samples from others, kept in ``environment.json``.
+        device : str
+            What computes, kept there too.
 
         Raises
         ------
@@ -91,7 +98,7 @@ class RunDir:
                 f"{base}: cannot keep runs here ({error.strerror})."
             ) from error
         write_atomic(path / CONFIG, _yaml(config))
-        write_atomic(path / ENVIRONMENT, _json(environment() | {"data": data}))
+        write_atomic(path / ENVIRONMENT, _json(environment(device) | {"data": data}))
         write_atomic(path / ROUNDS, b"")
         write_atomic(path / CLIENTS, client_rows.HEADER)
         return cls(path, _tensorboard(path))

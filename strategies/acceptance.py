@@ -17,7 +17,17 @@ from flwr.common.logger import log
 
 from strategies.algorithm import Vectors
 from strategies.roster import Roster
-from strategies.wire import Refused, cause, ids, limit, numbers, reasons, unpack, weigh
+from strategies.wire import (
+    Refused,
+    cause,
+    ids,
+    limit,
+    numbers,
+    possible,
+    reasons,
+    unpack,
+    weigh,
+)
 
 #: What a node reports of each trained client, besides the optimizer's own metrics.
 TRAINED = ("samples", "train_loss", "steps", "gradients", "seconds", "probe")
@@ -139,6 +149,7 @@ def accept(
         raise Changed("report: samples differ from the roll call")
     scores = {n: numbers(report, n, len(evaluated)) for n in EVALUATED}
     scores |= {n: numbers(report, n, len(evaluated)) for n in OPTIONAL if n in report}
+    possible(scores)
     told = {n: numbers(report, f"metrics.{n}", len(trained)) for n in metrics or ()}
     busy = numbers(report, "busy", 1)[0]
     counts = [*columns["steps"], *columns["gradients"]]

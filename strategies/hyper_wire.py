@@ -10,7 +10,17 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from torch import Tensor
 
 from strategies.acceptance import add_bytes
-from strategies.wire import Refused, cause, ids, limit, numbers, reasons, unpack, weigh
+from strategies.wire import (
+    Refused,
+    cause,
+    ids,
+    limit,
+    numbers,
+    possible,
+    reasons,
+    unpack,
+    weigh,
+)
 
 #: What clients measure with their own models and hyper-parameters: the outer cost, then loss and
 #: accuracy on the samples that choose the best step, and on those that are told.
@@ -122,6 +132,7 @@ class Told:
         rows: Iterator[tuple[float, ...]] = iter(())
         if what in ("look", "start"):
             columns = [numbers(report, n, len(scored)) for n in SCORES]
+            possible(dict(zip(SCORES, columns, strict=True)))
             rows = zip(*columns, strict=True)
         alone = numbers(report, "alone", len(told)) if "alone" in report else []
         if not all(0 <= n < 2**40 for n in alone):

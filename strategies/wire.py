@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from strategies.vector import largest
 
 #: Names of the vectors that FedAvg would send too; the others are an algorithm's own state.
 MODEL = frozenset({"theta", "delta", "buffers"})
+#: The loss of a model that is not finite: above all others, and a number that means can have.
+WORST = 1e30
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -177,6 +179,14 @@ def numbers(record: MetricRecord, name: str, length: int) -> list[float]:
         raise Refused(f"report: {name} holds NaN or infinity")
     found: list[float] = array.tolist()
     return found
+
+
+def possible(scores: Mapping[str, Sequence[float]]) -> None:
+    """Raise Refused if an accuracy is no share, or a loss is beyond what means can have."""
+    for name, values in scores.items():
+        least, most = (0.0, 1.0) if name.endswith("accuracy") else (-WORST, WORST)
+        if not all(least <= v <= most for v in values):
+            raise Refused(f"report: {name} is impossible")
 
 
 def ids(record: MetricRecord, name: str) -> list[int]:

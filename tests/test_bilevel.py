@@ -21,7 +21,6 @@ from app.errors import UserError
 from app.exchange import exchange
 from app.host import Samples
 from app.hypers import own_of
-from app.judging import WORST
 from app.local_grid import LocalGrid
 from app.rounds import Rounds
 from app.run import Run
@@ -38,7 +37,7 @@ from strategies.personal_objective import PersonalObjective
 from strategies.randomness import permutations
 from strategies.relay import Relay
 from strategies.topology import complete
-from strategies.wire import decode, pack
+from strategies.wire import WORST, decode, pack
 
 Door = Callable[..., Result]
 F64 = torch.float64
@@ -858,6 +857,26 @@ def test_a_bad_reply_is_refused_and_the_others_go_on(
     assert all(why in line for line in told["failed"].values())
     still = [float(lam.abs().max()) == 0 for lam in kept.all("l")]
     assert still == [False, True] * 3
+
+
+def test_scores_that_cannot_be_are_refused(
+    run: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would decide which round is the best."""
+
+    def spoiled(grid: Any, messages: Any, timeout: float) -> Any:
+        replies = exchange(grid, messages, timeout)
+        for reply in replies:
+            report = reply.content.metric_records["report"]
+            if "choosing_accuracy" in report and 1 in report["clients"]:  # type: ignore[operator]
+                report["choosing_accuracy"] = [5.0] * 3
+        return replies
+
+    monkeypatch.setattr(outer, "exchange", spoiled)
+    told = run(*GIVEN, "strategy=fedavg", "rounds=2").records[1]["personal"]
+    assert set(told["failed"]) == {"1", "3", "5"}
+    assert all("choosing_accuracy is imp" in line for line in told["failed"].values())
+    assert told["validation_accuracy_mean"] <= 1
 
 
 def losing(*turns: str) -> Callable[..., list[Message]]:

@@ -177,6 +177,7 @@ def test_a_configuration_is_frozen() -> None:
 
 # Mistakes, through the public door.
 
+KEPT = ("clients=6", "clients_per_round=3", "client_test=0.2")
 ESTIMATE = ("experiment=hypergrad_error", "rounds=1", "data.test_samples=5")
 LOGISTIC = ("strategy=pushsum", "model=linear", "dtype=float64", "client_test=0.5")
 
@@ -248,6 +249,7 @@ def door(
             ["model=linear dtype=float64"],
         ),
         ([*ESTIMATE, "client_test=0"], ["outer cost", "client_test=0.5"]),
+        ([*ESTIMATE, "faults.crash={0: 2}"], ["faults.crash", "all clients"]),
         ([*ESTIMATE, "program=two_rounds"], ["program=two_rounds", "one of the two"]),
         ([*ESTIMATE, "rounds=0"], ["estimate.depth=0"]),
         ([*ESTIMATE, "estimate.pushes=0"], ["estimate.pushes=0"]),
@@ -313,6 +315,14 @@ def door(
         (
             ["evaluate_clients=none", "client_validation=0.2"],
             ["client_validation=0.2", "nobody looks"],
+        ),
+        (
+            [*KEPT, "evaluate_clients=none", "strategy=fedavg"],
+            ["client_test=0.2", "nobody looks", "evaluate_clients=none"],
+        ),
+        (
+            [*KEPT, "strategy=pushsum", "topology=complete"],
+            ["client_test=0.2", "nobody looks", "use judge=own"],
         ),
         (
             ["strategy=fedavg", "optimizer=tuned_sgd"],

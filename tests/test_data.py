@@ -389,6 +389,36 @@ def test_a_nodes_own_numbers_are_scaled_as_the_runs(tmp_path):
     assert float(mine.train.x.max()) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], ["more classes than the run's 10"]),
+        (["data.classes=11", "client_validation=0.01"], ["keeps 0 of 20 training"]),
+        (["data.classes=11", "client_test=0.01"], ["test=0.01", "leaves no test"]),
+    ],
+)
+def test_mistakes_in_a_nodes_own_data_name_its_file(tmp_path, given, words):
+    """Of a class that only its test samples have, too."""
+    file, x, y = tmp_path / "own.npz", np.zeros((30, 4), np.float32), np.arange(30) % 10
+    np.savez(file, x=x, y=y, x_test=x, y_test=y + 1)
+    if given:
+        np.savez(file, x=x, y=y)
+    described = ("data=described", "data.shape=[4]", "data.classes=10", *given)
+    with pytest.raises(UserError) as caught:
+        local_samples(str(file), "y", described)
+    one_line(caught, "own.npz", *words)
+    with pytest.raises(UserError, match=r"none\.npz: nothing is there; data-path"):
+        local_samples(str(tmp_path / "none.npz"), "y", described)
+
+
+def test_a_nodes_own_test_samples_are_as_many_as_the_run_says(tmp_path):
+    file, x = tmp_path / "own.npz", np.zeros((40, 4), np.float32)
+    np.savez(file, x=x, y=np.arange(40) % 2)
+    run = ("data=npz", f"data.path={file}")
+    for given, kept in (((), 8), (("data.test=0.5",), 20), (("client_test=0.25",), 10)):
+        assert len(local_samples(str(file), "y", (*run, *given)).test) == kept
+
+
 def test_imagefolder_mistakes(pictures, tmp_path):
     def told(*words: str, root: Path = pictures, **knobs: object) -> None:
         with pytest.raises(UserError) as caught:

@@ -100,6 +100,7 @@ def test_every_preset_runs_a_round(name, tmp_path):
 @pytest.mark.parametrize("name", studies())
 def test_every_variant_and_every_size_composes(name):
     study = read(name)
+    assert list(study.sizes) == ["quick", "paper"]
     first, *others = study.sizes
     # Composes one run of each variant: seeds differ in a number, sizes in a few settings.
     planned = plan(name, first, None)
@@ -522,7 +523,13 @@ def test_others_numbers_stand_below_ours():
 def test_publishing_keeps_the_numbers_and_makes_the_page(small, tmp_path):
     planned = small()
     study.run(planned, quiet())
+    for file in planned.folder.rglob("environment.json"):  # of runs made elsewhere
+        told = json.loads(file.read_text())
+        assert told["machine"]["device"] == "cpu"
+        told["machine"]["device"] = "a GPU"
+        file.write_text(json.dumps(told))
     result, docs = summarize(planned), tmp_path / "docs"
+    assert result["machine"]["device"] == "a GPU"
     curves = (planned.folder / "study.png").read_bytes()
     ends = planned.study.model_copy(update={"dots": ("accuracy",)})
     assert summarize(replace(planned, study=ends)) == result
