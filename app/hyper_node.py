@@ -14,9 +14,10 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from app.hypers import alone, beside, own_of
-from app.judging import brief, score, scored, worst
+from app.judging import score, scored, worst
 from app.node import Node
 from app.personal_check import settings
+from app.safely import brief
 from app.store import Lost, recall, remember
 from strategies.algorithm import Vectors
 from strategies.hyper_client import Member

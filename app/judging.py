@@ -8,7 +8,7 @@ receives now and of what it remembers. Two parts of a client's samples serve: on
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from logging import WARNING
 from typing import TYPE_CHECKING, Any, cast
@@ -19,9 +19,10 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from app.hypers import Hypers, hypers_of
+from app.safely import brief, one_by_one, trained
 from app.store import recall
 from strategies.algorithm import Client, Individual, Vectors
-from strategies.engine import choose, train
+from strategies.engine import choose
 from strategies.individual import Practising, surveyed
 from strategies.local import Job, Part, Trainer
 from strategies.personal_objective import PersonalObjective
@@ -130,17 +131,6 @@ def individually(
     return one_by_one(ready, judged)
 
 
-def one_by_one(clients: Iterable[int], judged: Callable[[int], Row]) -> Scores:
-    """Return each client's row; one that cannot be judged does not cost the others theirs."""
-    found: Scores = {}
-    for k in clients:
-        try:
-            found[k] = judged(k)
-        except Exception as error:
-            log(WARNING, "client %s cannot be judged: %s", k, brief(error))
-    return found
-
-
 def _jobs(
     node: Node,
     run: Trainer,
@@ -166,7 +156,12 @@ def _jobs(
             jobs.append(Job(client, samples.train, memory, mine))
         except Exception as error:
             log(WARNING, "client %s cannot be judged: %s", k, brief(error))
-    return surveyed(run, down, jobs)
+    try:
+        return surveyed(run, down, jobs)
+    except Exception as error:  # of one of them, or of all at once
+        log(WARNING, "clients look at their samples one by one: %s", brief(error))
+    each = {job.client.id: job for job in jobs}
+    return list(one_by_one(each, lambda k: surveyed(run, down, [each[k]])[0]).values())
 
 
 def _practised(
@@ -177,17 +172,22 @@ def _practised(
     jobs: list[Job],
     order: ConfigRecord,
 ) -> list[Job]:
-    """Return the jobs with the models that their clients get by some epochs of training."""
+    """Return the jobs with the models that their clients get by some epochs of training.
+
+    Who cannot train is left out.
+    """
     local = replace(run.local, epochs=epochs, steps=0)
     more = replace(run, local=local, privacy=Unprotected())  # what stays needs none
     config, round_ = node.config, cast(int, order["round"])
     engine = choose(config.engine, run.objective, len(jobs), config.torch_device)
-    models: dict[int, Vectors] = {}
-    for trained in train(more, down, jobs, round_, engine):
-        for row, client in enumerate(trained.clients):
-            models[client.id] = {n: v[row] for n, v in trained.up.items()}
+    models, faults = dict[int, Vectors](), dict[str, str]()
+    for _, part in trained(more, down, jobs, round_, engine, faults):
+        for row, client in enumerate(part.clients):
+            models[client.id] = {n: v[row] for n, v in part.up.items()}
+    for name, why in faults.items():
+        log(WARNING, "client %s cannot be judged: %s", name, why)
     found = []
-    for job in jobs:
+    for job in (job for job in jobs if job.client.id in models):
         change, start = models[job.client.id], {**down, **job.own}
         mine = {"theta": start["theta"] + change["delta"]}
         if "buffers" in change:
@@ -243,8 +243,3 @@ def _row(run: Trainer, samples: int, losses: Tensor, hits: Tensor) -> Row:
 
 def _validation(row: Row) -> Row:
     return {f"validation_{name}": row[name] for name in ("loss", "accuracy")}
-
-
-def brief(error: Exception) -> str:
-    """Return an exception in one line of at most 300 letters."""
-    return f"{type(error).__name__}: {error}"[:300]

@@ -26,6 +26,8 @@ from flwr.supercore.task_identity import TaskIdentity
 #: Flower's code for a ClientApp that raised.
 RAISED = 2
 RUN_ID = 1
+#: Of messages, over all grids: these share the worker processes.
+_IDS = itertools.count(1)
 
 
 class Nodes:
@@ -176,7 +178,6 @@ class LocalGrid(Grid):
         _identify()
         self.run_config = run_config
         self._contexts: dict[int, Context] = {}
-        self._ids = itertools.count(1)
         self._nodes = itertools.count(1000)
         self._replies: dict[str, Message] = {}
         self._late: set[str] = set()
@@ -184,9 +185,10 @@ class LocalGrid(Grid):
             self._context({"partition-id": i, "num-partitions": nodes})
         self._workers = _workers(min(processes, nodes))
         self._inline = Nodes({} if self._workers else self._contexts)
-        for i, worker in enumerate(self._workers):
-            mine = list(self._contexts.items())[i :: len(self._workers)]
-            worker.assign(dict(mine))
+        every, count = list(self._contexts.items()), len(self._workers)
+        self._hosted = [dict(every[i::count]) for i in range(count)]
+        for worker, mine in zip(self._workers, self._hosted, strict=True):
+            worker.assign(mine)
 
     def _context(self, node_config: Mapping[str, Any]) -> Context:
         node = next(self._nodes)  # ids carry no meaning: nobody may rely on them
@@ -247,7 +249,7 @@ class LocalGrid(Grid):
         """Hand messages to their nodes; without worker processes they are answered at once."""
         pushed = []
         for message in messages:
-            name = f"local-{next(self._ids)}"
+            name = f"local-{next(_IDS)}"
             message.metadata.__dict__["_message_id"] = name
             node = message.metadata.dst_node_id
             pushed.append(name)
@@ -255,7 +257,10 @@ class LocalGrid(Grid):
                 self._replies[name] = self._inline.answer(message)
                 continue
             place = list(self._contexts).index(node) % len(self._workers)
-            self._workers[place].push(message)
+            worker, mine = self._workers[place], self._hosted[place]
+            if worker.contexts is not mine:  # another grid has had it in between
+                worker.assign(mine)
+            worker.push(message)
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

@@ -6,7 +6,7 @@ A client that fails is named in the report and left out of the node's mean.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from logging import WARNING
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +16,10 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
 
+from app import safely
 from app.config import load
 from app.host import objective, trainer, undivided
 from app.hypers import hypers_of
-from app.judging import brief
 from app.node_config import hosted, source
 from app.personal_check import settings
 from app.programs import program_of
@@ -35,12 +35,12 @@ from app.store import (
 )
 from strategies.acceptance import TRAINED
 from strategies.algorithm import Client, Vectors
-from strategies.engine import choose, train
+from strategies.engine import choose
 from strategies.fad_client import Answer, answer
 from strategies.fad_site import Site
 from strategies.fad_wire import unpack_question
 from strategies.federation import probe_direction
-from strategies.local import Job, Trained, Trainer
+from strategies.local import Job, Trainer
 
 
 class Node:
@@ -136,7 +136,7 @@ def train_all(
     try:
         store = node.store(context, order)
     except OSError as error:  # a disk that is full or read-only costs all its clients
-        faults |= dict.fromkeys(map(str, named), f"state-dir: {brief(error)}")
+        faults |= dict.fromkeys(map(str, named), f"state-dir: {safely.brief(error)}")
         named = {}
     hyper = hypers_of(node, order, context)
     for k, version in named.items():
@@ -153,14 +153,14 @@ def train_all(
             faults[str(k)] = str(error)[:300]
             lost.append(k)
         except OSError as error:
-            faults[str(k)] = f"state-dir: {brief(error)}"
+            faults[str(k)] = f"state-dir: {safely.brief(error)}"
         except Exception as error:
-            faults[str(k)] = brief(error)
+            faults[str(k)] = safely.brief(error)
     device = node.config.torch_device
     engine = choose(node.config.engine, run.objective, len(jobs), device)
     rows: list[list[float]] = []
     metrics = [] if run.privacy.silent else list(run.optimizer.metrics)
-    results = _safely(run, down, jobs, round_ - since, engine, faults)
+    results = safely.trained(run, down, jobs, round_ - since, engine, faults)
     for used, trained in results:
         engine = used
         bad, losses, good = trained.faults(), trained.losses.tolist(), []
@@ -176,10 +176,10 @@ def train_all(
                     remember(store, k, round_, named[k], keep, memory)
                     probe = _audit(run, memory)
             except OSError as error:
-                faults[str(k)] = f"state-dir: {brief(error)}"
+                faults[str(k)] = f"state-dir: {safely.brief(error)}"
                 continue
             except Exception as error:
-                faults[str(k)] = brief(error)
+                faults[str(k)] = safely.brief(error)
                 continue
             good.append(row)
             counts = trained.steps[row], trained.gradients[row]
@@ -226,37 +226,6 @@ def remembered(
         sums = {n: v + memory[n].to("cpu", torch.float64) for n, v in sums.items()}
         found.append(k)
     return sums, found, lost
-
-
-def _safely(
-    run: Trainer,
-    down: Vectors,
-    jobs: list[Job],
-    round_: int,
-    engine: str,
-    faults: dict[str, Any],
-) -> Iterator[tuple[str, Trained]]:
-    """Train, and find out who is at fault if it raises: one must not cost the others theirs.
-
-    With each result comes the engine that it is from.
-    """
-    try:
-        if engine == "vmap":
-            whole = list(train(run, down, jobs, round_, engine))
-            yield from ((engine, trained) for trained in whole)
-            return
-    except Exception as error:
-        log(
-            WARNING,
-            "vectorized training failed (%s); client after client",
-            brief(error),
-        )
-    for job in jobs:
-        try:
-            alone = list(train(run, down, [job], round_))
-            yield from (("loop", trained) for trained in alone)
-        except Exception as error:
-            faults[str(job.client.id)] = brief(error)
 
 
 def _audit(run: Trainer, memory: Vectors) -> float:

@@ -21,12 +21,12 @@ from app.judging import (
     Scores,
     evaluate,
     individually,
-    one_by_one,
     predictor,
     score,
     scored,
 )
 from app.node import Node, train_all
+from app.safely import one_by_one
 from strategies.algorithm import Client, Individual, Vectors
 from strategies.gossip import Gossip
 from strategies.local import Part, Trainer

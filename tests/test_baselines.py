@@ -25,7 +25,7 @@ from quadratics import (
 )
 from torch import Tensor, nn
 
-from app import judging
+from app import judging, safely
 from app.config import load
 from app.errors import UserError
 from app.host import objective, setting, trainer
@@ -460,6 +460,37 @@ def scores(result: Result) -> list[tuple[str, ...]]:
     names = ("round", "client", "loss", "accuracy", "validation_loss")
     at = [head.index(name) for name in names]
     return [tuple(row[i] for i in at) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("given", "module", "name"),
+    [
+        (["strategy=finetune", "strategy.epochs=3"], safely, "train"),
+        (["strategy=fedem"], judging, "surveyed"),
+        (["strategy=clustered"], judging, "surveyed"),
+    ],
+)
+def test_a_client_that_cannot_be_judged_costs_no_other_its_scores(
+    run: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+    module: Any,
+    name: str,
+) -> None:
+    """It fails in what its own model is made of, and with it those that go along with it."""
+    whole = getattr(module, name)
+
+    def failing(trainer: Trainer, down: Any, jobs: Any, *more: Any) -> Any:
+        for_scores = name != "train" or trainer.local.epochs == 3
+        if for_scores and 2 in [job.client.id for job in jobs]:
+            raise ArithmeticError("not enough memory")
+        return whole(trainer, down, jobs, *more)
+
+    monkeypatch.setattr(module, name, failing)
+    result = run(*SETTING, *given, "nodes=1", "clients_per_round=6", "rounds=1")
+    heard = {client for r, client, loss, *_ in scores(result) if loss}
+    assert heard == {"0", "1", "3", "4", "5"}
+    assert result.summary["failures"] == 0
 
 
 @pytest.mark.parametrize("given", STRATEGIES, ids=lambda g: g[-1])

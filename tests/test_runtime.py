@@ -107,6 +107,17 @@ def test_worker_processes_give_the_same_bits(run: Door, strategy: str) -> None:
     equal(run(*given), run(*given, "processes=2"))
 
 
+def test_a_grid_that_was_made_later_leaves_a_run_its_settings(run: Door) -> None:
+    """Grids share their worker processes."""
+
+    def make(overrides: Sequence[str]) -> LocalGrid:
+        grid = LocalGrid(to_run_config(overrides), 2, 1)
+        LocalGrid(to_run_config([*overrides, "optimizer.lr=0.5"]), 2, 1)
+        return grid
+
+    equal(run("strategy=fedavg"), run("strategy=fedavg", grid=make))
+
+
 def test_a_second_run_gives_the_same_bits(run: Door) -> None:
     first, second = run(), run()
     assert first.path != second.path
