@@ -255,12 +255,6 @@ class Deployment:
         """Return the living processes of this deployment: id -> command line."""
         return marked(f"{MARK}={self.folder}")
 
-    def kill_node(self, name: str) -> None:
-        """End a node as a power failure does: it, and the ClientApp that it had started."""
-        home = f"FLWR_HOME={self.folder / name}"
-        end_all(lambda: marked(home), signal.SIGKILL)
-        self.nodes.pop(name).wait()
-
     def stop(self) -> None:
         """End every process of this deployment, politely first.
 

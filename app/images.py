@@ -280,6 +280,8 @@ def _write_cache(path: Path, fingerprint: str, arrays: dict[str, np.ndarray]) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"data.cache={path}: {error.strerror or error}") from error

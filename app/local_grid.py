@@ -221,6 +221,7 @@ class LocalGrid(Grid):
         if self._workers:
             raise ValueError("a node can leave a grid without worker processes only")
         del self._contexts[node]
+        self._inline.contexts.pop(node, None)
 
     def set_run(self, run: Run) -> None:
         """Nothing to set: there is one run."""

@@ -18,9 +18,9 @@ from flwr.serverapp import Grid
 
 from app import best
 from app.config import Config
-from app.errors import UserError
 from app.exchange import exchange, gather
 from app.personal_check import settings
+from app.rounds import refuse_lost, too_few
 from app.summary import cost
 from strategies.bilevel import Bilevel
 from strategies.federation import Federation
@@ -208,12 +208,7 @@ class Outer:
         def again(attempt: int) -> None:
             nonlocal patience
             if attempt >= config.attempts:
-                hint = "; resume it when the nodes are back"
-                raise UserError(
-                    f"round {round_}: fewer than min_replies={config.min_replies} replies to "
-                    f"its outer step in {attempt} attempts"
-                    f"{hint if config.checkpoint_every else ''}"
-                )
+                raise too_few(config, f"round {round_}, outer step", {})
             self.say(f"round {round_}: too few replies, outer step, attempt {attempt}")
             # Longer each time, as for a round.
             patience = config.deadline * (attempt + 1)
@@ -265,12 +260,7 @@ class Outer:
 
     def _lose(self, told: Told) -> None:
         """Do as ``lost_state`` says with clients that have lost their hyper-parameters."""
-        if told.lost and self.config.lost_state == "fail":
-            k = told.lost[0]
-            raise UserError(
-                f"client {k}: {told.failed[k]}; restore it and resume, or choose "
-                "lost_state=reset or lost_state=skip"
-            )
+        refuse_lost(self.config, told.lost, told.failed)
         if self.config.lost_state == "reset":
             for k in told.lost:
                 self.level.ledger.pop(k, None)

@@ -105,7 +105,6 @@ def curves(
     path: Path,
     *,
     band: str = "range",
-    title: str = "",
 ) -> None:
     """Draw one line for each group, the middle of its seeds, with a band.
 
@@ -124,8 +123,6 @@ def curves(
         The PNG to write, replaced as a whole.
     band : str
         As for `align`.
-    title : str
-        Above the figure.
     """
     name, scale = AXES[axis]
     figure, axes = canvas.blank(7.2, 4.4)
@@ -157,7 +154,7 @@ def curves(
             alpha=0.18,
             lw=0,
         )
-    axes.set(xlabel=name, ylabel=canvas.unit(metric), title=canvas.literal(title))
+    axes.set(xlabel=name, ylabel=canvas.unit(metric))
     if axis == "rounds":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axis == "links":  # from one peer to all of them: factors, not differences

@@ -220,7 +220,7 @@ def _label(
 ) -> str:
     """Return the settings that tell a group from the others.
 
-    A setting of a section with a choice (``strategy.options.alpha``) follows from the
+    A setting of a section with a choice (``strategy.alpha``) follows from the
     choice unless groups of the same choice differ in it: then only is it named.
     """
     parts = []
@@ -235,7 +235,7 @@ def _label(
             short = section if key == named else key.rsplit(".", 1)[-1]
             clash = [k for k in shown if k.rsplit(".", 1)[-1] == short and k != key]
             if clash and key != named:
-                short = key.replace(".options.", ".")
+                short = key
             parts.append(f"{short}={_value(config[key])}")
     return " ".join(parts)
 

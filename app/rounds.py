@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message
@@ -14,9 +14,28 @@ from app.config import Config
 from app.errors import UserError
 from app.exchange import exchange, gather
 from strategies.federation import Federation
-from strategies.recovery import begin_anew
+from strategies.recovery import begin_anew, named
 from strategies.relay import Relay
 from strategies.wire import pack
+
+
+def too_few(config: Config, where: str, failed: Mapping[int, str]) -> UserError:
+    """Return the error that ends a run after its last attempt, with a reason of that one."""
+    why = [f" (client {k}: {reason})" for k, reason in sorted(failed.items())][:1]
+    hint = "; resume it when the nodes are back" if config.checkpoint_every else ""
+    return UserError(
+        f"{where}: fewer than min_replies={config.min_replies} replies in {config.attempts} "
+        f"attempts{''.join(why)}{hint}"
+    )
+
+
+def refuse_lost(config: Config, lost: Sequence[int], failed: Mapping[int, str]) -> None:
+    """Raise UserError if clients have lost what they keep, and ``lost_state`` does not allow it."""
+    if lost and config.lost_state == "fail":
+        raise UserError(
+            f"client {lost[0]}: {failed[lost[0]]}; restore it and resume, or choose "
+            "lost_state=reset or lost_state=skip"
+        )
 
 
 @dataclass
@@ -96,31 +115,15 @@ class Rounds:
             taken.up.update(told.up)
             for row in told.rows.values():
                 taken.gradients += int(row.get("gradients", 0))
-            self._lose(told.lost)
+            refuse_lost(config, told.lost, told.failed)
+            if config.lost_state == "reset":
+                self.lost |= set(told.lost)
             if not told.short:
                 return taken
             self.say(f"round {round_}: too few replies, attempt {taken.attempts}")
             if taken.attempts < config.attempts:
                 gather(grid, federation.roster, config.min_replies, config.deadline)
-        why = [
-            f" (client {k}: {r})" for k, r in sorted(federation.round.failed.items())
-        ]
-        hint = "; resume it when the nodes are back" if config.checkpoint_every else ""
-        raise UserError(
-            f"round {round_}: fewer than min_replies={config.min_replies} replies in "
-            f"{config.attempts} attempts{''.join(why[:1])}{hint}"
-        )
-
-    def _lose(self, clients: list[int]) -> None:
-        """Do as ``lost_state`` says with clients that have lost their memory."""
-        if clients and self.config.lost_state == "fail":
-            k = clients[0]
-            raise UserError(
-                f"client {k}: {self.federation.round.failed[k]}; restore it and resume, or "
-                "choose lost_state=reset or lost_state=skip"
-            )
-        if self.config.lost_state == "reset":
-            self.lost |= set(clients)
+        raise too_few(config, f"round {round_}", federation.round.failed)
 
     def _begin_anew(self, grid: Grid) -> list[int]:
         """Let those who have lost their memory begin anew, and return who does."""
@@ -130,5 +133,6 @@ class Rounds:
 
         self.federation.roster.call(grid)
         anew = begin_anew(self.federation, self.lost, ask)
-        self.lost -= set(anew)
+        # Whom the books name still could not begin anew; others have nothing that counts.
+        self.lost = (self.lost - set(anew)) & named(self.federation)
         return anew

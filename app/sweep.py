@@ -172,7 +172,7 @@ def swept(
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return None
         values[float(value)] = row["final"].values
-    return keys[0].replace(".options.", "."), values
+    return keys[0], values
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -151,9 +151,9 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [body[0], rule, *body[1:]])
 
 
-def show(lines: Sequence[Sequence[str]], console: Console | None = None) -> None:
+def show(lines: Sequence[Sequence[str]]) -> None:
     """Print a table of text, its header first, in parts where it is too wide."""
-    console = console or Console(markup=False, highlight=False)
+    console = Console(markup=False, highlight=False)
     label, *columns = zip(*lines, strict=True)
     parts = [[label]]
     for column in columns:

@@ -155,7 +155,7 @@ def hypergradients(
     products, links = Products(problem), Links(network, settings.pushes, first)
     alpha = settings.alpha
     if settings.power_steps:
-        found = _largest(products, links, settings.power_steps, network.seed)
+        found = largest_eigenvalue(products, links, settings.power_steps, network.seed)
         if why := doubt(alpha, found):
             warnings.warn(why, RuntimeWarning, stacklevel=2)
     u, v = products.outer()
@@ -176,7 +176,7 @@ def hypergradients(
 
 
 def largest_eigenvalue(
-    problem: Problem, network: Network, pushes: int = 1, steps: int = 20, first: int = 0
+    products: Products, links: Links, steps: int, seed: int
 ) -> Tensor:
     """Return what each client finds the dominant eigenvalue of the mean Hessian to be, (n,).
 
@@ -184,11 +184,6 @@ def largest_eigenvalue(
     is approached from below in size, and negative if the mean Hessian is mostly so. Without arcs
     each finds that of its own Hessian.
     """
-    links = Links(network, pushes, first)
-    return _largest(Products(problem), links, steps, network.seed)
-
-
-def _largest(products: Products, links: Links, steps: int, seed: int) -> Tensor:
     n, d = products.x.shape
     start = normals(seed, "eigenvalue", 0, [0], 0, d).to(products.x)
     q, found = (start / start.norm()).expand(n, d), products.x.new_zeros(n)

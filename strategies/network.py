@@ -1,6 +1,6 @@
 """P(t): a topology, a weight rule and faults put together, and what can be said about them.
 
-``Network.at(t)`` is a pure function of (seed, t). `connectivity` and `contraction` describe the
+``Network.at(t)`` is a pure function of (seed, t). `Window` and `contraction` describe the
 matrices; nothing here touches what the clients carry.
 """
 
@@ -139,25 +139,6 @@ def check_shares(P: csr_array, where: str) -> None:
     if P.diagonal().min() <= 0:
         sender = int(P.diagonal().argmin())
         raise ValueError(f"{where}: client {sender} keeps nothing for itself")
-
-
-def connectivity(network: Network, rounds: int) -> int | None:
-    """Return B: every B rounds in a row from the first, together, connect all to all.
-
-    The longest of the stretches, one after another, in which the union of the links that deliver
-    becomes strongly connected; None if the links of all the rounds together do not.
-
-    Parameters
-    ----------
-    network : Network
-        The network; who is absent for good is not waited for.
-    rounds : int
-        How many rounds to look at.
-    """
-    watch = Window(network.n)
-    for t in range(rounds):
-        watch.see(network.at(t), network.faults.present(t, network.n))
-    return watch.longest
 
 
 class Window:

@@ -51,7 +51,7 @@ def begin_anew(
     since = federation.since  # what was remembered before counts no more
     ledger = {k: v for k, v in federation.ledger.items() if v > since}
     hypers = federation.hyper or {}
-    gone = (ledger.keys() | hypers.keys()) & set(lost)
+    gone = named(federation) & set(lost)
     server = isinstance(federation, Federation)  # a relay keeps no mean of memories
     if gone and server and federation.algorithm.mirror is not None:
         try:
@@ -68,6 +68,12 @@ def begin_anew(
         hypers.pop(k, None)
         federation.probes.pop(k, None)
     return sorted(gone)
+
+
+def named(federation: Federation | Relay) -> set[int]:
+    """Return the clients of which the books name something that they remember."""
+    known = {k for k, v in federation.ledger.items() if v > federation.since}
+    return known | (federation.hyper or {}).keys()
 
 
 def _sums(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from strategies.conjugate import solve
 from strategies.families import Own
 from strategies.hyperproblem import Lambdas, Problem
 from strategies.personalization import Personal
@@ -165,7 +166,15 @@ def minimize(task: Task, start: Tensor, weights: Tensor) -> Tensor:
         near = moved <= SHORT * (1 + float(theta.abs().max()))
         if near and float(gradient.detach().abs().max()) <= FLAT[theta.dtype]:
             return theta
-        step = _solve(gradient, leaf)
+        slope, eps = gradient.detach(), torch.finfo(theta.dtype).eps
+
+        def product(p: Tensor, slope: Tensor = gradient, at: Tensor = leaf) -> Tensor:
+            return torch.autograd.grad(slope, at, p, retain_graph=True)[0]
+
+        try:
+            step = solve(product, slope, 2 * len(slope), eps**0.5).y
+        except ValueError:
+            break  # no curvature is left
         moved = float(step.abs().max())
         for _ in range(0 if near and k else 30):
             with torch.no_grad():
@@ -177,28 +186,6 @@ def minimize(task: Task, start: Tensor, weights: Tensor) -> Tensor:
         "the clients' training has no minimizer, as for classes that a plane separates; set "
         "optimizer.weight_decay"
     )
-
-
-def _solve(gradient: Tensor, leaf: Tensor) -> Tensor:
-    """Return H^-1 times a gradient whose graph is there, by conjugate gradients."""
-    residual = gradient.detach()
-    found, p, square = torch.zeros_like(residual), residual, residual @ residual
-    eps, top = torch.finfo(residual.dtype).eps, 0.0
-    goal = square * eps
-    for _ in range(2 * len(residual)):
-        if square <= goal:
-            break
-        (curved,) = torch.autograd.grad(gradient, leaf, p, retain_graph=True)
-        bend = p @ curved
-        # What is left of the gradient may be rounding, in directions without curvature.
-        top = max(top, float(bend / (p @ p)))
-        if float(bend / (p @ p)) <= top * eps**0.75:
-            break
-        found = found + square / bend * p
-        residual = residual - square / bend * curved
-        last, square = square, residual @ residual
-        p = residual + square / last * p
-    return found
 
 
 def descend(

@@ -53,6 +53,13 @@ sys.exit(flower_supernode())
 BEHIND = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
 
 
+def kill_node(deployment: Deployment, name: str) -> None:
+    """End a node as a power failure does: it, and the ClientApp that it had started."""
+    home = f"FLWR_HOME={deployment.folder / name}"
+    end_all(lambda: marked(home), signal.SIGKILL)
+    deployment.nodes.pop(name).wait()
+
+
 class Job:
     """A job by name, submitted to a deployment as often as needed.
 
@@ -157,7 +164,7 @@ class Job:
 
     def kill_node(self, name: str) -> None:
         """Kill a SuperNode with its ClientApp, and start it again."""
-        self.deployment.kill_node(name)
+        kill_node(self.deployment, name)
         self.deployment.start_node(name)
 
     def until_training(self, name: str, patience: float = 300) -> None:

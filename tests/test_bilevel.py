@@ -937,7 +937,9 @@ def test_an_exchange_that_nobody_answers_ends_the_run(
     run: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outer, "exchange", losing(*["1.start.0"] * 2))
-    with pytest.raises(UserError, match="min_replies=6 replies to its outer step in 2"):
+    with pytest.raises(
+        UserError, match="outer step: fewer than min_replies=6 replies in 2"
+    ):
         run(*GIVEN, "strategy=fedavg", "min_replies=6", "attempts=2", "rounds=2")
 
 
@@ -954,7 +956,9 @@ def test_a_node_that_goes_before_a_step_is_waited_for(
 
     monkeypatch.setattr(Rounds, "take", taken)
     given = (*GIVEN, "attempts=2", "rounds=2", "deadline=0.2")
-    with pytest.raises(UserError, match="min_replies=6 replies to its outer step in 2"):
+    with pytest.raises(
+        UserError, match="outer step: fewer than min_replies=6 replies in 2"
+    ):
         run(*given, "strategy=fedavg", "min_replies=6", grid=kept)
     # Over a network alpha is not held against the curvature of those who are there.
     told = run(*given, *NETWORK, grid=kept).records[1]["personal"]

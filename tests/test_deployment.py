@@ -24,7 +24,7 @@ import torch
 from conftest import Result, found
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from jobs import JOB, Job, Lively, two_nodes
+from jobs import JOB, Job, Lively, kill_node, two_nodes
 
 from app import credentials
 from app.compose import CONF
@@ -195,7 +195,7 @@ def refused(deployment: Deployment, name: str, *options: str) -> str:
             break
         time.sleep(0.2)
     time.sleep(1.0)
-    deployment.kill_node(name)
+    kill_node(deployment, name)
     return deployment.log(name).read_text()
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,8 +27,10 @@ from hypothesis import strategies as st
 
 from app import checkpoint, durable, rounds
 from app.client_app import in_turn
+from app.config import load
 from app.errors import UserError
 from app.local_grid import LocalGrid
+from app.rounds import Rounds
 from app.run import Run
 from app.run_config import to_run_config
 from app.store import DirectoryStore, directory_of, recall, remember
@@ -608,6 +611,17 @@ def test_a_run_without_enough_replies_ends_and_can_be_resumed(
     assert len(waits) == 1  # and not after the last attempt
     result = run(*given, "resume=auto")
     assert torch.equal(result.theta, run(*EACH).theta)
+
+
+def test_a_memory_that_counts_no_more_is_not_begun_anew() -> None:
+    """Lost in the round before training began anew: that was its new beginning."""
+    books: Any = SimpleNamespace(
+        ledger={2: 3, 4: 7}, hyper=None, since=5, probes={}, roster=Mock()
+    )
+    taking = Rounds(books, load(()), print)
+    taking.lost = {2, 4}
+    assert taking._begin_anew(Mock()) == [4]
+    assert taking.lost == set() and books.ledger == {2: 3}
 
 
 @pytest.mark.parametrize("strategy", ["feddyn", "scaffold"])

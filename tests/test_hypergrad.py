@@ -24,11 +24,12 @@ from strategies import topology
 from strategies.fad import Clients, broadcast, federated_map, federated_mean
 from strategies.fad_site import Site, register
 from strategies.fad_wire import InProcess
-from strategies.hypergrad import HGP, hypergradients, largest_eigenvalue
+from strategies.hypergrad import HGP, Links, hypergradients, largest_eigenvalue
 from strategies.hyperproblem import (
     Found,
     Lambdas,
     Problem,
+    Products,
     closed_form,
     conjugate_gradients,
 )
@@ -498,7 +499,7 @@ def test_alpha_too_large_diverges_and_is_warned_of() -> None:
     task = Quadratics(4)
     problem, net = task.problem(), network("complete", 4)
     top = float(torch.linalg.eigvalsh(task.H.mean(0))[-1])
-    found = largest_eigenvalue(problem, net, steps=60)
+    found = largest_eigenvalue(Products(problem), Links(net, 1, 0), 60, seed=0)
     torch.testing.assert_close(
         found, torch.full((4,), top, dtype=F64), rtol=1e-6, atol=0
     )
