@@ -2,7 +2,8 @@
 
 All clients train one x; client i differs by hyper-parameters l_i of its own, in its loss, in its
 predictions or in both, chosen so that everybody's outer cost after training is small. A `Family`
-(`families.py`) says what one kind of them does; l = 0 is the unpersonalized model, always:
+(`families.py`) says what one kind of them does; l = 0 is the unpersonalized model (of a
+mixture, which has none, the mean of its learners):
 
     ClassWeights      loss of a sample of class y times C softmax(l)_y                   (DA)
     LogitWeights      logits times C softmax(l), in training and in prediction           (PL)

@@ -145,9 +145,18 @@ def watch(monkeypatch: pytest.MonkeyPatch, module: Any, names: set[str]) -> None
         ((*NETWORK, "topology=directed_ring", "personal.pushes=3"), 8),
         (("strategy=fedavg",), 0),
         (("strategy=feddyn", "strategy.weighting=samples"), 8),
+        (("strategy=fedopt",), 8),
         (("strategy=fedavg", "strategy.weighting=uniform", SHARED, ALL), 8),
     ],
-    ids=["network", "alone", "ring, batches", "server", "feddyn", "shared batches"],
+    ids=[
+        "network",
+        "alone",
+        "ring, batches",
+        "server",
+        "feddyn",
+        "fedopt",
+        "shared batches",
+    ],
 )
 def test_messages_give_the_estimate_of_one_process(
     run: Door, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], batch: int

@@ -313,6 +313,30 @@ def test_two_opposed_groups_choose_different_learners() -> None:
     assert float(torch.cat(hits).to(F64).mean()) > 0.9
 
 
+def test_training_against_what_all_are_judged_by_loses_its_weight() -> None:
+    """Sample weights have no part in predictions: only the way through training moves them."""
+    g = torch.Generator().manual_seed(3)
+    clients = []
+    for i in range(4):
+        x = torch.randn(40, FEATURES, generator=g, dtype=F64)
+        y = (x[:, 0] > 0).long()
+        taught = 1 - y[:20] if i == 3 else y[:20]
+        clients.append(Own(x[:20], taught, x[20:], y[20:]))
+    size = 2 * (FEATURES + 1)
+    task = Personal(net, size, 2, (SampleWeights(),), decay=0.1)
+    lambdas: Lambdas = tuple(task.zeros(own) for own in clients)
+    theta = torch.zeros(size, dtype=F64)
+    for _ in range(5):
+        theta = train(task, clients, lambdas, theta)
+        problem = task.problem(clients, theta.expand(4, -1).clone(), lambdas)
+        v = hypergradients(problem, complete(4), HGP(100, 1, 1.0, power_steps=0)).v
+        steps = zip(lambdas, v, strict=True)
+        lambdas = tuple((a - 20 * b).clamp(min=-1) for a, b in steps)
+    means = [float(lam.mean()) for lam in lambdas]
+    assert means[3] < -0.1
+    assert min(means[:3]) > 0.1
+
+
 def test_batches_are_rows_of_each_client() -> None:
     task = personal(SampleWeights(), LogitWeights())
     g = torch.Generator().manual_seed(4)
