@@ -145,7 +145,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, module: Any, names: set[str]) -> None
         ((*NETWORK, "topology=directed_ring", "personal.pushes=3"), 8),
         (("strategy=fedavg",), 0),
         (("strategy=feddyn", "strategy.weighting=samples"), 8),
-        (("strategy=fedopt",), 8),
+        (("strategy=fedopt", "strategy.momentum=0.3"), 8),
         (("strategy=fedavg", "strategy.weighting=uniform", SHARED, ALL), 8),
     ],
     ids=[
