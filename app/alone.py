@@ -32,20 +32,30 @@ def hold(file: Path, busy: str) -> IO[bytes]:
 @contextmanager
 def turn(folder: Path) -> Iterator[None]:
     """Wait until no other process has its turn in a folder; one that is not there has no turns."""
-    try:
-        lock = os.open(folder, os.O_RDONLY)  # of a disk that can only be read as well
-    except OSError:
+    if not folder.is_dir():
         yield
         return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except (
-        OSError
-    ):  # as NFS does, where no folder can be open for writing: a file in it can
-        os.close(lock)
-        lock = os.open(folder / ".turn", os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = _locked(folder)
     try:
         yield
     finally:
         os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """Return a descriptor that holds the lock of a folder, which may be one that is only read.
+
+    Raises
+    ------
+    OSError
+        If the disk grants no lock.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        # NFS locks what is open for writing, so no folder, but a file in it.
+        os.close(lock)
+        lock = os.open(folder / ".turn", os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock

@@ -91,7 +91,7 @@ def own_data(file: Path, part: Samples) -> Path:
 def build(deployment: Deployment, overrides: Sequence[str], say: Say) -> dict[str, str]:
     """Start the SuperLink and a node for each of ``nodes``; return their ids by name."""
     config, data = load(overrides), setting(tuple(overrides))
-    deployment.start_link(config.join_timeout)
+    deployment.start_link()
     say(f"SuperLink at {deployment.address}, TLS, registered nodes only")
     names = {}
     for i, clients in enumerate(hosting(config), start=1):
@@ -104,7 +104,7 @@ def build(deployment: Deployment, overrides: Sequence[str], say: Say) -> dict[st
             node["data-path"] = str(file)
         names[deployment.add_node(name, node)] = name
         deployment.start_node(name)
-    deployment.wait_online(config.nodes, config.join_timeout)
+    deployment.wait_online(config.nodes, max(60, config.join_timeout))
     return names
 
 

@@ -42,8 +42,8 @@ class Nodes:
             app,
         )  # here: a worker imports torch, its parent need not
 
-        context = self.contexts[message.metadata.dst_node_id]
         try:
+            context = self.contexts[message.metadata.dst_node_id]
             return app(message, context)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
@@ -185,6 +185,7 @@ class LocalGrid(Grid):
             self._context({"partition-id": i, "num-partitions": nodes})
         self._workers = _workers(min(processes, nodes))
         self._inline = Nodes({} if self._workers else self._contexts)
+        self._begun = False
         every, count = list(self._contexts.items()), len(self._workers)
         self._hosted = [dict(every[i::count]) for i in range(count)]
         for worker, mine in zip(self._workers, self._hosted, strict=True):
@@ -259,9 +260,15 @@ class LocalGrid(Grid):
                 continue
             place = list(self._contexts).index(node) % len(self._workers)
             worker, mine = self._workers[place], self._hosted[place]
-            if worker.contexts is not mine:  # another grid has had it in between
+            if worker.contexts is not mine:
+                if self._begun:  # what its nodes remember has gone with the process
+                    raise RuntimeError(
+                        "another grid has taken the worker processes of this one: make a grid "
+                        "for each run, after the run before it, or processes=0"
+                    )
                 worker.assign(mine)
             worker.push(message)
+        self._begun = self._begun or bool(pushed)
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 #: What an algorithm is that has clients differ by other means.
 OTHER = (Individual, Costing, Phased, Plural, Practising, Rooted, Surveying)
-FITTING = "strategy=fedavg, fedprox, scaffold, feddyn, fedopt, pushsum or push_diging"
+FITTING = "strategy=fedavg, fedprox, scaffold, feddyn, fedopt, fedopt_hyper, pushsum or push_diging"
 
 
 def nothing() -> None:

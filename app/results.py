@@ -75,7 +75,7 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
             if k != "seed" and not k.startswith("strategy.")
         },
         **{key: last[key] for key in ("date", "versions")},
-        "machine": {"device": "cpu", **last["machine"]},  # none: of before it was kept
+        "machine": {"device": "an unknown device", **last["machine"]},
         "minutes": round(sum(r["seconds"] for r in runs) / 60, 2),
         "variants": variants,
         "reference": study.reference and study.reference.model_dump(mode="json"),

@@ -20,7 +20,7 @@ from strategies.wire import pack
 
 
 def too_few(config: Config, where: str, failed: Mapping[int, str]) -> UserError:
-    """Return the error that ends a run after its last attempt, with a reason of that one."""
+    """Return the error that ends a run after its last attempt, with a reason if there is one."""
     why = [f" (client {k}: {reason})" for k, reason in sorted(failed.items())][:1]
     hint = "; resume it when the nodes are back" if config.checkpoint_every else ""
     return UserError(

@@ -99,23 +99,26 @@ class Run:
         self.directory = self._resume() if self.config.resume else self._create()
 
     def _check_kept(self) -> None:
-        """Raise UserError for samples that are kept from training and that nobody looks at.
+        """Raise UserError for validation samples that nobody looks at.
 
-        Where the data have no test set of their own, what clients keep is the test set.
+        Where the data have no test set of their own, clients are judged on what they keep.
         """
-        config, gossip = self.config, bind("strategy", self.config.strategy)()
-        if not len(self.setting.dataset.test) or config.personal.name != "none":
+        config, built = self.config, bind("strategy", self.config.strategy)()
+        common = isinstance(built, Gossip) and built.judge == "test"
+        if config.personal.name != "none" or not (
+            common and len(self.setting.dataset.test)
+        ):
             return
-        hint = ""
-        if config.evaluate_clients == "none":
-            hint = "with evaluate_clients=none"
-        elif isinstance(gossip, Gossip) and gossip.judge == "test":
-            hint = "with strategy.judge=test, which takes the common test set; use judge=own"
-        for name in ("client_test", "client_validation"):
-            if hint and getattr(config, name):
-                raise UserError(
-                    f"{name}={getattr(config, name)}: nobody looks at these samples {hint}"
-                )
+        if config.client_validation:
+            raise UserError(
+                f"client_validation={config.client_validation}: nobody looks at these samples "
+                "with strategy.judge=test, which takes the common test set; use strategy.judge=own"
+            )
+        if config.client_test:
+            self.say(
+                f"client_test={config.client_test}: kept from training, and not looked at with "
+                "strategy.judge=test"
+            )
 
     # Where it is written.
 

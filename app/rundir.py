@@ -66,8 +66,8 @@ class RunDir:
         base: Path,
         name: str,
         config: dict[str, Any],
-        data: str = "",
-        device: str = "cpu",
+        data: str,
+        device: str,
     ) -> "RunDir":
         """Make a new directory for a run.
 

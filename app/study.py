@@ -52,8 +52,8 @@ def settle(job: Job, folder: Path) -> tuple[bool, tuple[str, ...]]:
     except (OSError, yaml.YAMLError):
         there = None  # it died before it wrote, or while it did
     same = not differing(load(job.overrides), there, free=())
-    begun = checkpoint.newest(path / "checkpoints") is not None
     if read_summary(path) is None:
+        begun = checkpoint.newest(path / "checkpoints") is not None
         if same and begun:
             return False, (*job.overrides, f"resume={quote(str(path.resolve()))}")
         if not begun:
@@ -87,12 +87,12 @@ def run(plan: Plan, console: Console) -> dict[str, str]:
     failures: dict[str, str] = {}
     with _alone(plan.folder), Board(console, len(plan.jobs)) as board:
         for job in plan.jobs:
-            done, overrides = settle(job, plan.folder)
-            if done:
-                board.skip(job.name)
-                continue
-            board.start(job.name, load(overrides).rounds)
             try:
+                done, overrides = settle(job, plan.folder)
+                if done:
+                    board.skip(job.name)
+                    continue
+                board.start(job.name, load(overrides).rounds)
                 run_local(overrides, [board.advance], lambda _: None)
             except Exception as error:
                 failures[job.name] = f"{type(error).__name__}: {error}".splitlines()[0]

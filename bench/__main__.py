@@ -272,7 +272,9 @@ def main() -> int:
     what = {name: ALL[name].what for name in results}
     report = {"workloads": what, "rounds": given.rounds, "results": results}
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(given.out, json.dumps({**report, **environment()}, indent=1) + "\n")
+    write_atomic(
+        given.out, json.dumps({**report, **environment("cpu")}, indent=1) + "\n"
+    )
     console.print(table(results))
     console.print(str(given.out))
     return 0

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = [["model", "client", "ms a step", "to FedAvg"]]
         for name in names:
             table += rows(name, measure(name, given.repeats))
-        machine = environment()["machine"]
+        machine = environment("cpu")["machine"]
         print(f"{machine['cpu']}, one core of {machine['cores']}")
         show(table)
     except UserError as error:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from logging import WARNING
 from typing import Any, Protocol
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from flwr.common.logger import log
 from torch import Tensor
 
 from strategies.fad_client import Answer, Plan, Question
@@ -176,18 +174,14 @@ class Exchange:
         self.clients.ledger.enter(replies)
         whys = (f" ({w})" for _, _, reply in replies for w in reply.faults.values())
         self._why = next(whys, "")
-        for node, _, reply in sorted(replies, key=lambda r: r[2].clients):
-            if not reply.clients:
-                continue
-            others = [
-                n for n, v in reply.sums.items() if sums.get(n, v).shape != v.shape
-            ]
-            if others:  # than those of the nodes before it: its clients are left out
-                log(WARNING, "node %s: %s of another shape", node, others[0])
-                self._why = self._why or f" ({others[0]} of another shape)"
-                continue
+        for _, _, reply in sorted(replies, key=lambda r: r[2].clients):
             present += reply.clients
             for name, value in reply.sums.items():
+                if sums.get(name, value).shape != value.shape:
+                    why = (
+                        f"{name} has another shape than that of the clients before them"
+                    )
+                    raise Dropped(reply.clients, why)
                 sums[name] = sums[name] + value if name in sums else value
         return sums, tuple(sorted(present))
 

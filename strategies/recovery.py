@@ -110,13 +110,13 @@ def _sums(
         report = reply.content.metric_records.get("report")
         if report is None:
             raise Refused("no report")
-        named, gone = ids(report, "clients"), ids(report, "lost")
-        if sorted([*named, *gone]) != mine:
-            raise Refused(f"answers for clients {sorted([*named, *gone])}"[:300])
+        found, gone = ids(report, "clients"), ids(report, "lost")
+        if sorted([*found, *gone]) != mine:
+            raise Refused(f"answers for clients {sorted([*found, *gone])}"[:300])
         record = reply.content.array_records.get("sums", ArrayRecord())
         part = unpack(record, sizes, torch.float64)
         limit(part)
-        _audit(federation, part, named)
+        _audit(federation, part, found)
         sums = {n: v + part[n] for n, v in sums.items()}
         lost |= set(gone)
     if missing := sorted(k for mine in asked.values() for k in mine):

@@ -168,8 +168,8 @@ def minimize(task: Task, start: Tensor, weights: Tensor) -> Tensor:
             return theta
         slope, eps = gradient.detach(), torch.finfo(theta.dtype).eps
 
-        def product(p: Tensor, slope: Tensor = gradient, at: Tensor = leaf) -> Tensor:
-            return torch.autograd.grad(slope, at, p, retain_graph=True)[0]
+        def product(p: Tensor, whole: Tensor = gradient, at: Tensor = leaf) -> Tensor:
+            return torch.autograd.grad(whole, at, p, retain_graph=True)[0]
 
         try:
             step = solve(product, slope, 2 * len(slope), eps**0.5).y

@@ -79,6 +79,23 @@ def test_optimizers_are_timed_side_by_side(
     assert "mlp_sophia" in capsys.readouterr().err
 
 
+def test_a_report_says_with_what_and_where(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measured(who: str, *_: Any) -> dict[str, Any]:
+        numbers = {"samples": 60.0, "accuracy": 0.5, "peak_mb": 100.0}
+        return {"seconds": [9.0, 1.0, 2.0], **numbers}
+
+    monkeypatch.setattr(bench, "measure", measured)
+    words = ["--who", "local,bare-loop", "--workloads", "W1", "--repeats", "1"]
+    out = tmp_path / "made" / "bench.json"
+    monkeypatch.setattr("sys.argv", ["bench", *words, "--out", str(out)])
+    assert bench.main() == 0
+    told = json.loads(out.read_text())
+    assert told["results"]["W1"]["local"]["seconds"] == 1.5
+    assert told["machine"]["device"] == "cpu" and told["versions"]["torch"]
+
+
 @pytest.mark.parametrize(
     "words", [["--who", "locl"], ["--workloads", "W9"], ["--rounds", "2"]]
 )

@@ -146,6 +146,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, module: Any, names: set[str]) -> None
         (("strategy=fedavg",), 0),
         (("strategy=feddyn", "strategy.weighting=samples"), 8),
         (("strategy=fedopt", "strategy.momentum=0.3"), 8),
+        (("strategy=fedopt_hyper",), 8),
         (("strategy=fedavg", "strategy.weighting=uniform", SHARED, ALL), 8),
     ],
     ids=[
@@ -155,6 +156,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, module: Any, names: set[str]) -> None
         "server",
         "feddyn",
         "fedopt",
+        "fedopt_hyper",
         "shared batches",
     ],
 )
@@ -175,7 +177,8 @@ def test_messages_give_the_estimate_of_one_process(
     # Of a client's own only what it measures is told, and how many gradients its own model took.
     alone = {"alone"} if ALL in given else set()
     assert crossed == {"theta", "z", "u", "clients", "lost", "scored", *SCORES, *alone}
-    assert {name for name in trained if not name.startswith("eval_")} == TRAINING
+    own = {"gradient"} if "strategy=fedopt_hyper" in given else set()
+    assert {n for n in trained if not n.startswith("eval_")} == TRAINING | own
     assert isinstance(goal, PersonalObjective)
     how = level.level.how
     models = [kept.memory(k, "alone")["theta"] if alone else None for k in range(n)]

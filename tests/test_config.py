@@ -177,7 +177,7 @@ def test_a_configuration_is_frozen() -> None:
 
 # Mistakes, through the public door.
 
-KEPT = ("clients=6", "clients_per_round=3", "client_test=0.2")
+KEPT = ("clients=6", "clients_per_round=3", "client_validation=0.2")
 ESTIMATE = ("experiment=hypergrad_error", "rounds=1", "data.test_samples=5")
 LOGISTIC = ("strategy=pushsum", "model=linear", "dtype=float64", "client_test=0.5")
 
@@ -317,12 +317,8 @@ def door(
             ["client_validation=0.2", "nobody looks"],
         ),
         (
-            [*KEPT, "evaluate_clients=none", "strategy=fedavg"],
-            ["client_test=0.2", "nobody looks", "evaluate_clients=none"],
-        ),
-        (
             [*KEPT, "strategy=pushsum", "topology=complete"],
-            ["client_test=0.2", "nobody looks", "use judge=own"],
+            ["client_validation=0.2", "nobody looks", "use strategy.judge=own"],
         ),
         (
             ["strategy=fedavg", "optimizer=tuned_sgd"],

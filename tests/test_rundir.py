@@ -58,7 +58,7 @@ def make(tmp_path):
     opened = []
 
     def create(name="a", config=None):
-        opened.append(RunDir.create(tmp_path, name, config or {"seed": 1}))
+        opened.append(RunDir.create(tmp_path, name, config or {"seed": 1}, "", "cpu"))
         return opened[-1]
 
     yield create
@@ -73,13 +73,13 @@ def test_names_are_never_shared(make):
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b"])
 def test_a_name_is_a_folder_name(tmp_path, name):
     with pytest.raises(UserError, match="plain folder name"):
-        RunDir.create(tmp_path, name, {})
+        RunDir.create(tmp_path, name, {}, "", "cpu")
 
 
 def test_a_base_that_is_a_file_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot keep runs here"):
-        RunDir.create(tmp_path / "file", "a", {})
+        RunDir.create(tmp_path / "file", "a", {}, "", "cpu")
 
 
 def test_config_and_environment(make, tmp_path):
