@@ -50,6 +50,8 @@ from app.run_config import quote, to_run_config
 from strategies.hypergrad import HGP
 from strategies.influence import Influence
 
+#: Flower's own connection to a SuperLink that it starts here.
+LOCAL = "local"
 #: Settings of data and network that name files or folders.
 PATHS = ("root", "path", "cache")
 
@@ -129,7 +131,8 @@ def run_flower(
     say : callable
         Where the lines of the log go.
     superlink : str
-        A connection of Flower's config.toml; empty is Flower's local simulation.
+        A connection of Flower's config.toml; empty is Flower's local simulation, whatever the
+        default there: that may be a SuperLink at work.
     place : mapping, optional
         The environment of `flwr run`, this process's unless given.
 
@@ -142,7 +145,8 @@ def run_flower(
     check_grid(config)
     setting(tuple(overrides))  # missing data and impossible partitions show here
     flwr = Path(sys.executable).with_name("flwr")
-    command = [str(flwr), "run", str(CONF.parent), *([superlink] if superlink else [])]
+    where = superlink or LOCAL
+    command = [str(flwr), "run", str(CONF.parent), where]
     command += ["--stream", "--run-config", argument(overrides)]
     if not superlink:
         gpus = 1.0 / config.nodes if config.torch_device.type == "cuda" else 0.0
@@ -178,14 +182,13 @@ def run_flower(
                 raise
             # The SuperLink of `flwr run` is a process of its own and would go on.
             subprocess.run(
-                [str(flwr), "stop", run], env=environment, capture_output=True
+                [str(flwr), "stop", run, where], env=environment, capture_output=True
             )
             raise UserError(f"interrupted; run {run} was stopped") from None
     if process.returncode or failed or not run:
         raise UserError("flwr run failed; its log is above")
     # Whoever streams a log is not told how the run ended.
-    asked = [str(flwr), "ls", *([superlink] if superlink else [])]
-    asked += ["--run-id", run, "--format", "json"]
+    asked = [str(flwr), "ls", where, "--run-id", run, "--format", "json"]
     told = subprocess.run(asked, env=environment, capture_output=True, text=True)
     if '"finished:completed"' not in told.stdout:
         raise UserError(f"run {run} did not complete; its log is above")

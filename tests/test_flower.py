@@ -27,6 +27,15 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., Result]
+OTHERS = """
+[superlink]
+default = "prod"
+[superlink.prod]
+address = "127.0.0.1:9"
+insecure = true
+[superlink.local]
+address = ":local:"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +75,12 @@ def test_a_node_for_each_client_gives_the_local_runtimes_model(
     name = 'odd "name" = 1, x'
     lines: list[str] = []
     place = [f"output_dir={tmp_path}/flower", f"name='{name}'"]
-    run_flower([*given, *place], lines.append)
+    # Somebody who has a SuperLink at work, and has made it the default.
+    (home / "config.toml").write_text(OTHERS)
+    try:
+        run_flower([*given, *place], lines.append)
+    finally:
+        (home / "config.toml").unlink()  # Flower writes its own again
     told = "\n".join(lines)
     path = tmp_path / "flower" / name
     summary = read_summary(path)
