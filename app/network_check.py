@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
@@ -134,3 +135,33 @@ def check_network(config: Config) -> None:
         faults.check(config.clients)
     except ValueError as error:
         raise UserError(f"faults: {error}") from None
+
+
+def check_kept(config: Config, common: int, say: Callable[[str], None]) -> None:
+    """Raise UserError for validation samples that nobody looks at, and say so of test samples.
+
+    Parameters
+    ----------
+    config : Config
+        The settings.
+    common : int
+        Samples of the test set that is nobody's. Without one, a network too judges its clients on
+        what they keep.
+    say : callable
+        Where the lines for a person go.
+    """
+    built = bind("strategy", config.strategy)()
+    if not (isinstance(built, Gossip) and built.judge == "test" and common):
+        return
+    if config.personal.name != "none":
+        return  # whose outer level looks at both
+    if config.client_validation:
+        raise UserError(
+            f"client_validation={config.client_validation}: nobody looks at these samples "
+            "with strategy.judge=test, which takes the common test set; use strategy.judge=own"
+        )
+    if config.client_test:
+        say(
+            f"client_test={config.client_test}: kept from training, and not looked at with "
+            "strategy.judge=test"
+        )

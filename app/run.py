@@ -15,7 +15,6 @@ from flwr.serverapp import Grid
 
 from app import checkpoint, network_plots
 from app.best import prune
-from app.binding import bind
 from app.by_class import label_counts
 from app.callbacks import Callback, stops
 from app.config import load
@@ -24,6 +23,7 @@ from app.errors import UserError
 from app.exchange import exchange
 from app.host import Setting, objective, setting, trainer
 from app.joining import wait_for_clients
+from app.network_check import check_kept
 from app.outer import outer
 from app.records import read_rounds
 from app.resume import describe, find_unfinished, new_directory, stand
@@ -32,7 +32,6 @@ from app.rundir import RunDir, claim
 from app.summary import chosen, clients_block, line, summarize, training_block
 from strategies import individual
 from strategies.engine import unfit
-from strategies.gossip import Gossip
 from strategies.objective import Objective
 from strategies.pushsum import Unbalanced
 from strategies.relay import Relay
@@ -78,7 +77,7 @@ class Run:
         torch.set_num_threads(self.config.threads)
         self.setting: Setting = setting(self.overrides)
         self.test = self.setting.test()
-        self._check_kept()
+        check_kept(self.config, len(self.setting.dataset.test), say)
         self.objective: Objective = objective(self.config, self.setting.dataset)
         if self.config.engine == "vmap" and (why := unfit(self.objective)):
             raise UserError(f"engine=vmap: {why}; use engine=auto")
@@ -97,28 +96,6 @@ class Run:
         self.records: list[dict[str, Any]] = []
         self.first, self.stopped = 1, ""
         self.directory = self._resume() if self.config.resume else self._create()
-
-    def _check_kept(self) -> None:
-        """Raise UserError for validation samples that nobody looks at.
-
-        Where the data have no test set of their own, clients are judged on what they keep.
-        """
-        config, built = self.config, bind("strategy", self.config.strategy)()
-        common = isinstance(built, Gossip) and built.judge == "test"
-        if config.personal.name != "none" or not (
-            common and len(self.setting.dataset.test)
-        ):
-            return
-        if config.client_validation:
-            raise UserError(
-                f"client_validation={config.client_validation}: nobody looks at these samples "
-                "with strategy.judge=test, which takes the common test set; use strategy.judge=own"
-            )
-        if config.client_test:
-            self.say(
-                f"client_test={config.client_test}: kept from training, and not looked at with "
-                "strategy.judge=test"
-            )
 
     # Where it is written.
 

@@ -551,6 +551,18 @@ def test_who_joins_must_be_reached_too(run: Door, tmp_path: Path) -> None:
     run(*ALL, *given, "faults.join={5: 9}")
 
 
+def test_test_samples_that_nobody_looks_at_are_said(run: Door) -> None:
+    given = ("strategy=pushsum", "topology=complete", "clients_per_round=6", "rounds=1")
+    common, own = (
+        run(*given, "client_test=0.2", f"strategy.judge={whose}").lines
+        for whose in ("test", "own")
+    )
+    assert common[0].startswith(
+        "client_test=0.2: kept from training, and not looked at"
+    )
+    assert not any("client_test" in line for line in own)
+
+
 def test_more_in_flight_than_memory_should_hold_is_told_in_one_line(
     run: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
