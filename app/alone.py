@@ -31,31 +31,27 @@ def hold(file: Path, busy: str) -> IO[bytes]:
 
 @contextmanager
 def turn(folder: Path) -> Iterator[None]:
-    """Wait until no other process has its turn in a folder; one that is not there has no turns."""
-    if not folder.is_dir():
-        yield
-        return
-    lock = _locked(folder)
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-def _locked(folder: Path) -> int:
-    """Return a descriptor that holds the lock of a folder, which may be one that is only read.
+    """Wait until no other process has its turn in a folder; one that cannot be opened has no turns.
 
     Raises
     ------
     OSError
         If the disk grants no lock.
     """
-    lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = os.open(folder, os.O_RDONLY)  # of a disk that can only be read as well
     except OSError:
-        # NFS locks what is open for writing, so no folder, but a file in it.
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            # NFS locks what is open for writing, so no folder, but a file in it.
+            with (folder / ".turn").open("a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+        else:
+            yield
+    finally:
         os.close(lock)
-        lock = os.open(folder / ".turn", os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock

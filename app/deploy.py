@@ -27,9 +27,8 @@ import numpy as np
 
 from app.config import Config, load
 from app.deployment import LINK, Deployment
-from app.derive import check_grid
 from app.errors import UserError
-from app.experiment import run_flower
+from app.experiment import checked, run_flower
 from app.host import Samples, setting
 from app.peaks import Peaks
 from app.run import Say
@@ -158,14 +157,12 @@ def deploy(given: Sequence[str], say: Say = print, memory: bool = False) -> Path
         If the settings are wrong, or a part of the deployment does not start.
     """
     overrides = settings(given)
-    config = load(overrides)
+    config = checked(overrides)
     if config.resume:
         raise UserError(
             f"resume={config.resume}: a deployment for one job has new nodes, which remember "
             "nothing; leave it out"
         )
-    check_grid(config)
-    setting(tuple(overrides))
     if not all(hosting(config)):
         raise UserError(
             f"nodes={config.nodes}: a node without a client has nothing to do; there are "

@@ -18,7 +18,7 @@ from app.programs import program_of
 from app.run import Run, Say
 from strategies.engine import unfit
 from strategies.fad import Clients
-from strategies.fad_exchange import Dropped
+from strategies.fad_exchange import Dropped, Unlike
 from strategies.fad_wire import OverGrid
 from strategies.roster import Roster
 
@@ -66,7 +66,7 @@ def derive(overrides: Sequence[str], grid: Grid, say: Say = print) -> Any:
     clients = Clients(OverGrid(grid, roster, ask), tuple(cohort))
     try:
         result = run(clients, goal.initial()[0].cpu())
-    except Dropped as error:
+    except (Dropped, Unlike) as error:
         raise UserError(f"program={config.program}: {error}") from error
     found = clients.ledger.audit()
     say(

@@ -45,6 +45,7 @@ from app.errors import UserError
 from app.estimation import estimate
 from app.host import setting
 from app.local_grid import LocalGrid
+from app.network_check import check_kept
 from app.run import Run, Say
 from app.run_config import quote, to_run_config
 from strategies.hypergrad import HGP
@@ -116,6 +117,21 @@ def argument(overrides: Sequence[str]) -> str:
     return f'overrides="{quoted}"'
 
 
+def checked(overrides: Sequence[str]) -> Config:
+    """Return a configuration that a ServerApp would take: data, partition and all.
+
+    Raises
+    ------
+    UserError
+        If it would not.
+    """
+    config = load(overrides)
+    check_grid(config)
+    samples = setting(tuple(overrides)).dataset.test
+    check_kept(config, len(samples), lambda _: None)
+    return config
+
+
 def run_flower(
     overrides: Sequence[str],
     say: Say = print,
@@ -131,8 +147,8 @@ def run_flower(
     say : callable
         Where the lines of the log go.
     superlink : str
-        A connection of Flower's config.toml; empty is Flower's local simulation, whatever the
-        default there: that may be a SuperLink at work.
+        A connection of Flower's config.toml; empty is the one called ``local``, Flower's simulation
+        unless it was given another address, whatever the default: that may be a SuperLink at work.
     place : mapping, optional
         The environment of `flwr run`, this process's unless given.
 
@@ -141,9 +157,7 @@ def run_flower(
     UserError
         If the settings are wrong (before Flower starts), or the run failed.
     """
-    config = load(overrides)
-    check_grid(config)
-    setting(tuple(overrides))  # missing data and impossible partitions show here
+    config = checked(overrides)
     flwr = Path(sys.executable).with_name("flwr")
     where = superlink or LOCAL
     command = [str(flwr), "run", str(CONF.parent), where]
@@ -186,7 +200,10 @@ def run_flower(
             )
             raise UserError(f"interrupted; run {run} was stopped") from None
     if process.returncode or failed or not run:
-        raise UserError("flwr run failed; its log is above")
+        hint = (
+            "" if superlink else f" (over the connection '{LOCAL}' of its config.toml)"
+        )
+        raise UserError(f"flwr run failed{hint}; its log is above")
     # Whoever streams a log is not told how the run ended.
     asked = [str(flwr), "ls", where, "--run-id", run, "--format", "json"]
     told = subprocess.run(asked, env=environment, capture_output=True, text=True)

@@ -261,7 +261,9 @@ class LocalGrid(Grid):
             place = list(self._contexts).index(node) % len(self._workers)
             worker, mine = self._workers[place], self._hosted[place]
             if worker.contexts is not mine:
-                if self._begun:  # what its nodes remember has gone with the process
+                if (
+                    self._begun
+                ):  # what its nodes remember may have gone with the process
                     raise RuntimeError(
                         "another grid has taken the worker processes of this one: make a grid "
                         "for each run, after the run before it, or processes=0"

@@ -7,6 +7,7 @@ numbers of every run by variant and seed, so that means, table, verdict and page
 
 import io
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from app.resume import describe, settings
 from app.verdict import DISTANCE, judge
 
 
-def summarize(plan: Plan) -> dict[str, Any] | None:
+def summarize(plan: Plan, failures: Container[str] = ()) -> dict[str, Any] | None:
     """Measure the finished runs, draw them, and write ``study.md`` and ``study.png``.
+
+    ``failures`` names runs that do not count, whatever lies in their place.
 
     Returns
     -------
@@ -37,7 +40,7 @@ def summarize(plan: Plan) -> dict[str, Any] | None:
     environments = []
     for job in plan.jobs:
         path = plan.folder / job.name
-        if not path.is_dir() or read_summary(path) is None:
+        if job.name in failures or not path.is_dir() or read_summary(path) is None:
             continue
         found = report.load([path])[0]
         numbers = measure(found, study.metric, plan.targets)

@@ -195,7 +195,7 @@ def _study(words: Sequence[str], publishing: bool) -> int:
     console.print(f"{len(planned.jobs)} runs, about {minutes:.2g} minutes on two cores")
     console.print(f"directory: {planned.folder}")
     failures = run(planned, console)
-    result = results.summarize(planned)
+    result = results.summarize(planned, failures)
     if result:
         metric, focus = result["metric"], planned.study.verdict.target
         show(results_page.cells(result["variants"], metric, planned.targets, focus))

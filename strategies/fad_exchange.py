@@ -38,6 +38,10 @@ class Dropped(RuntimeError):
         super().__init__(f"clients {shown}: {why}")
 
 
+class Unlike(ValueError):
+    """Nodes' values of different shapes, which are no sum: nobody knows whose are right."""
+
+
 class Transport(Protocol):
     """How questions reach clients: over Flower's Grid, or in one process."""
 
@@ -178,10 +182,7 @@ class Exchange:
             present += reply.clients
             for name, value in reply.sums.items():
                 if sums.get(name, value).shape != value.shape:
-                    why = (
-                        f"{name} has another shape than that of the clients before them"
-                    )
-                    raise Dropped(reply.clients, why)
+                    raise Unlike(f"{name}: nodes return different shapes")
                 sums[name] = sums[name] + value if name in sums else value
         return sums, tuple(sorted(present))
 

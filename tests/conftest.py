@@ -140,6 +140,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result
                 edit(task)
             make = grid or (lambda o: grid_of(o, task.config.nodes))
             summary = task(make(given))
-        return found(Path(lines[0].removeprefix("run directory: ")), summary, lines)
+        place = next(line for line in lines if line.startswith("run directory: "))
+        return found(Path(place.removeprefix("run directory: ")), summary, lines)
 
     return run

@@ -163,6 +163,9 @@ def test_a_deployments_settings_are_those_of_its_nodes() -> None:
         deploy(["clients=2", "clients_per_round=2"], lambda _: None)
     with pytest.raises(UserError, match="resume=auto: a deployment for one job"):
         deploy(["resume=auto"], lambda _: None)
+    network = ["strategy=pushsum", "topology=complete", "client_validation=0.2"]
+    with pytest.raises(UserError, match="nobody looks at these samples"):
+        deploy(network, lambda _: None)
     with pytest.raises(UserError, match="no deployment is called 'own'"):
         load(["deployment=own"])
     # What a node would scale once more is cut by the nodes.

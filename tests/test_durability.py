@@ -223,8 +223,10 @@ def test_messages_of_a_node_take_turns(
     assert answer({}) == 3
     assert answer({"state-dir": str(tmp_path / "not there")}) == 3
 
-    def as_nfs(file: int, how: int) -> None:
-        if stat.S_ISDIR(os.fstat(file).st_mode):
+    def as_nfs(file: Any, how: int) -> None:
+        if stat.S_ISDIR(
+            os.fstat(file if isinstance(file, int) else file.fileno()).st_mode
+        ):
             raise OSError(errno.EBADF, "Bad file descriptor")
         flock(file, how)
 
