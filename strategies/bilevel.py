@@ -40,7 +40,6 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
 
-from strategies.acceptance import add_bytes
 from strategies.federation import Federation
 from strategies.gossip import solver_of
 from strategies.hyper_products import check, solved
@@ -48,7 +47,7 @@ from strategies.hyper_wire import Told
 from strategies.personalize import Personalize
 from strategies.pushsum import average
 from strategies.relay import Relay
-from strategies.wire import Refused, pack, weigh
+from strategies.wire import Refused, add_bytes, pack, weigh
 
 HYPER = f"{MessageType.QUERY}.hyper"
 Exchange = Callable[[list[Message]], Iterable[Message]]

@@ -27,14 +27,15 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from strategies.acceptance import Accepted, Round, add_bytes, replies_of
+from strategies.acceptance import Accepted
 from strategies.algorithm import Algorithm, Cohort, Vectors
 from strategies.individual import sizes
 from strategies.mean import Mean
 from strategies.privacy import Privacy, Unprotected
 from strategies.randomness import generator
 from strategies.roster import Roster, hypers_of, versions_of
-from strategies.wire import pack, unpack, weigh
+from strategies.round_record import Round, replies_of
+from strategies.wire import add_bytes, pack, unpack, weigh
 
 
 class Federation(Strategy):

@@ -9,14 +9,14 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from torch import Tensor
 
-from strategies.acceptance import add_bytes
 from strategies.wire import (
     Refused,
+    add_bytes,
     cause,
     ids,
     limit,
+    measured,
     numbers,
-    possible,
     reasons,
     unpack,
     weigh,
@@ -131,9 +131,7 @@ class Told:
             raise Refused(f"answers for clients {sorted([*told, *faults])}"[:300])
         rows: Iterator[tuple[float, ...]] = iter(())
         if what in ("look", "start"):
-            columns = [numbers(report, n, len(scored)) for n in SCORES]
-            possible(dict(zip(SCORES, columns, strict=True)))
-            rows = zip(*columns, strict=True)
+            rows = zip(*measured(report, SCORES, len(scored)).values(), strict=True)
         alone = numbers(report, "alone", len(told)) if "alone" in report else []
         if not all(0 <= n < 2**40 for n in alone):
             raise Refused("report: alone is impossible")

@@ -31,14 +31,15 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from strategies import ledger
-from strategies.acceptance import Accepted, Round, add_bytes, replies_of
+from strategies.acceptance import Accepted
 from strategies.gossip import Gossip
 from strategies.network import Network
 from strategies.pushsum import Matrix, State, mix
 from strategies.roster import Roster, hypers_of, versions_of
+from strategies.round_record import Round, replies_of
 from strategies.topology import Floats
 from strategies.watch import Watch
-from strategies.wire import pack, weigh
+from strategies.wire import add_bytes, pack, weigh
 
 ACTION = "relay"
 

@@ -163,6 +163,12 @@ def weigh(content: RecordDict) -> dict[str, int]:
     return size
 
 
+def add_bytes(total: dict[str, int], part: Mapping[str, int]) -> None:
+    """Add bytes by kind."""
+    for name, value in part.items():
+        total[name] = total.get(name, 0) + value
+
+
 def numbers(record: MetricRecord, name: str, length: int) -> list[float]:
     """Return a list of finite numbers of a report, one for each client.
 
@@ -181,12 +187,22 @@ def numbers(record: MetricRecord, name: str, length: int) -> list[float]:
     return found
 
 
-def possible(scores: Mapping[str, Sequence[float]]) -> None:
-    """Raise Refused if an accuracy is no share, or a loss is beyond what means can have."""
-    for name, values in scores.items():
+def measured(
+    record: MetricRecord, names: Sequence[str], length: int
+) -> dict[str, list[float]]:
+    """Return what clients measured, by name, one number for each client.
+
+    Raises
+    ------
+    Refused
+        If one is no number, an accuracy is no share, or a loss is beyond what means can have.
+    """
+    found = {name: numbers(record, name, length) for name in names}
+    for name, values in found.items():
         least, most = (0.0, 1.0) if name.endswith("accuracy") else (-WORST, WORST)
         if not all(least <= v <= most for v in values):
             raise Refused(f"report: {name} is impossible")
+    return found
 
 
 def ids(record: MetricRecord, name: str) -> list[int]:

@@ -277,12 +277,17 @@ def test_three_together_agree_with_retraining_and_are_optimized(
     assert costs[-1] < costs[0] - 0.005
 
 
+def halves(g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return forty points and on which side of a plane they lie."""
+    x = torch.randn(40, FEATURES, generator=g, dtype=F64)
+    return x, (x[:, 0] > 0).long()
+
+
 def test_two_opposed_groups_choose_different_learners() -> None:
     g = torch.Generator().manual_seed(3)
     clients = []
     for i in range(4):
-        x = torch.randn(40, FEATURES, generator=g, dtype=F64)
-        y = (x[:, 0] > 0).long()
+        x, y = halves(g)
         y = y if i < 2 else 1 - y  # the second group calls everything by the other name
         clients.append(Own(x[:20], y[:20], x[20:], y[20:]))
     size = 2 * (FEATURES + 1)
@@ -318,8 +323,7 @@ def test_training_against_what_all_are_judged_by_loses_its_weight() -> None:
     g = torch.Generator().manual_seed(3)
     clients = []
     for i in range(4):
-        x = torch.randn(40, FEATURES, generator=g, dtype=F64)
-        y = (x[:, 0] > 0).long()
+        x, y = halves(g)
         taught = 1 - y[:20] if i == 3 else y[:20]
         clients.append(Own(x[:20], taught, x[20:], y[20:]))
     size = 2 * (FEATURES + 1)
